@@ -1,0 +1,90 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"time"
+
+	"github.com/imdsgate/imdsgate/cache"
+)
+
+// Pod names a pod of this node.
+type Pod struct{ UID, Namespace, Name, ServiceAccount string }
+
+// Caller is the pod that holds a source IP and what Policy.Authorize decided about it. The decision is made when one of
+// the objects changes, so that a request only reads it. A Caller is immutable.
+type Caller struct {
+	Pod Pod
+	// Since is when the pod began to hold the IP, by the node's clock and never too late: session tokens issued before it
+	// belong to an earlier holder. Zero when unknown: then the check is skipped.
+	Since time.Time
+	// Grant is what the pod may have. Nil when Refusal is not.
+	Grant   *Grant
+	Refusal *Refusal
+}
+
+// Grant is the role that a pod may have.
+type Grant struct {
+	Key  cache.Key
+	Role string // last segment of the role's ARN: what the role list shows
+	Path string // path and name, as kube2iam's clients may ask for it: team/my-role
+}
+
+// RefusalKind says what stands between a known pod and credentials.
+type RefusalKind int
+
+// The kinds of refusal.
+const (
+	NoRole RefusalKind = iota // nothing names a role: 404
+	Denied                    // the namespace's policy does not permit the role: 403
+	Invalid                   // an annotation cannot be used: 403
+)
+
+// Refusal says why a known pod gets no credentials. Its text names the fix and is shown to that pod and in an Event.
+type Refusal struct {
+	Kind             RefusalKind
+	Event            string // reason of the Event; empty: none
+	OnServiceAccount bool   // the Event belongs to the ServiceAccount
+	Text             string // one line, holds a space, no control characters, at most 1 KiB
+}
+
+func (r *Refusal) Error() string { return r.Text }
+
+// Reasons of Events: names of the contract.
+const (
+	EventRoleDenied        = "RoleDenied"
+	EventCredentialsFailed = "CredentialsFailed"
+	EventRoleConflict      = "RoleConflict"
+	EventInvalidRoleARN    = "InvalidRoleARN"
+)
+
+// What a CallerFinder answers when no single pod holds an IP. All of them are 503: a default would be a guess.
+var (
+	ErrNotSynced   = errors.New("the pods of this node are not known yet")
+	ErrUnknownIP   = errors.New("no pod of this node is known to have this IP")
+	ErrAmbiguousIP = errors.New("more than one running pod has this IP")
+	ErrIncomplete  = errors.New("the pod's service account or namespace is not known yet")
+)
+
+// CallerFinder tells who holds an IP. It is safe for concurrent use.
+type CallerFinder interface {
+	// Find never blocks and does not allocate. Its error wraps one of the four above.
+	Find(ip netip.Addr) (*Caller, error)
+	// Wait is Find that waits, for events and not by polling, until there is a caller or ctx is done; then it returns
+	// Find's last error.
+	Wait(ctx context.Context, ip netip.Addr) (*Caller, error)
+}
+
+// CredentialSource has the credentials of a key: *cache.Cache.
+type CredentialSource interface {
+	// Peek never blocks: nil unless there is a value that may be served.
+	Peek(key *cache.Key) *cache.Credentials
+	// Get waits for a value until ctx is done. Its error is an *cache.IssueError or wraps cache.ErrUnavailable.
+	Get(ctx context.Context, key cache.Key) (*cache.Credentials, error)
+}
+
+// Reporter puts an Event where the pod's owner will look. It never blocks.
+type Reporter interface {
+	Report(pod Pod, onServiceAccount bool, reason, text string)
+}
