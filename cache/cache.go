@@ -1,0 +1,374 @@
+package cache
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"log/slog"
+	"math"
+	"math/rand/v2"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/time/rate"
+)
+
+const (
+	// issueTimeout ends one call of the Issuer. It is the cache's own: requests give up after 450 ms, and the answer that
+	// they no longer wait for is what the next one is served from.
+	issueTimeout = 10 * time.Second
+	// defaultRate is the default of -sts-rate.
+	defaultRate = 10
+	// maxBackground bounds the issues in flight that no request waits for. Those that one waits for are not counted, so
+	// that calls that hang cannot starve them.
+	maxBackground = 16
+	// resync is the longest sleep of Run. Timers follow the monotonic clock only: a jump of the wall clock is seen here.
+	resync = 30 * time.Second
+)
+
+// Options are the parts of a Cache.
+type Options struct {
+	Issuer Issuer
+	// Live yields every key that the pods of this node are authorized for; keys may repeat. True: issue ahead of the first
+	// request. False: issue when a request asks, then keep fresh as long as it is live. Called by Run alone, without locks.
+	Live func() iter.Seq2[Key, bool]
+	// Encode is called once per issued credentials; its result is their Document. Nil: no document.
+	Encode func(Credentials) []byte
+	// Rate is both the issue calls a second and their burst (at least 1). Zero: 10.
+	Rate    float64
+	Log     *slog.Logger          // nil: none
+	Metrics prometheus.Registerer // nil: none
+}
+
+// Cache has the credentials of keys. Make it with New. It is safe for concurrent use.
+type Cache struct {
+	issuer  Issuer
+	live    func() iter.Seq2[Key, bool]
+	encode  func(Credentials) []byte
+	log     *slog.Logger
+	bucket  *rate.Limiter
+	metrics metrics
+	wake    chan struct{} // of capacity 1: tells Run to look again at everything
+
+	mu         sync.RWMutex
+	entries    map[Key]*entry
+	pass       uint64 // number of the latest look at the live set
+	background int    // issues in flight that no request waited for when they began
+
+	// Run's own, kept between passes to save the allocation.
+	seen []liveKey
+	due  []*entry
+}
+
+type liveKey struct {
+	key      Key
+	prefetch bool
+}
+
+// New returns a Cache that does nothing before Run and registers its metrics.
+func New(o Options) *Cache {
+	limit := o.Rate
+	if limit <= 0 {
+		limit = defaultRate
+	}
+	c := &Cache{
+		issuer:  o.Issuer,
+		live:    o.Live,
+		encode:  o.Encode,
+		log:     o.Log,
+		bucket:  rate.NewLimiter(rate.Limit(limit), int(math.Ceil(limit))),
+		wake:    make(chan struct{}, 1),
+		entries: make(map[Key]*entry),
+	}
+	if c.log == nil {
+		c.log = slog.New(slog.DiscardHandler)
+	}
+	c.metrics = newMetrics(o.Metrics, c)
+	return c
+}
+
+// Peek returns the credentials of a key, or nil unless there are some that may be served. It never blocks on an issue and
+// does not allocate. The key is only read.
+func (c *Cache) Peek(key *Key) *Credentials {
+	now := time.Now()
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	e := c.entries[*key]
+	if e == nil || !e.servable(now) {
+		return nil
+	}
+	c.metrics.served(e)
+	return &e.value.creds
+}
+
+// Get returns the credentials of a key and waits for them until ctx is done. When the next try after a failure lies beyond
+// ctx's deadline it returns the remembered error at once. The error is an *IssueError when the issuer was denied, else it
+// wraps ErrUnavailable and, if there was one, the last error of the issuer.
+func (c *Cache) Get(ctx context.Context, key Key) (*Credentials, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	e := c.entries[key]
+	if e == nil {
+		// Taken for live until the next pass: the pod may have become so while Run was reading the live set.
+		e = &entry{key: key, seen: c.pass, changed: make(chan struct{})}
+		c.entries[key] = e
+	}
+	if e.servable(time.Now()) {
+		c.metrics.served(e)
+		return &e.value.creds, nil
+	}
+	e.asked = true
+	if e.hopeless(ctx) { // without a word to Run: a pod that asks in a loop costs nothing
+		c.metrics.failed.Inc()
+		return nil, e.unavailable()
+	}
+	if e.waiters == 0 {
+		e.waitingSince = time.Now()
+	}
+	e.waiters++
+	c.Wake()
+	defer func() {
+		if e.waiters--; e.waiters == 0 {
+			c.Wake() // no live pod may hold it
+		}
+	}()
+	for {
+		if e.servable(time.Now()) {
+			c.metrics.waited.Inc()
+			return &e.value.creds, nil
+		}
+		if ctx.Err() != nil || e.hopeless(ctx) {
+			c.metrics.failed.Inc()
+			return nil, e.unavailable()
+		}
+		changed := e.changed
+		c.mu.Unlock()
+		select {
+		case <-changed:
+		case <-ctx.Done():
+		}
+		c.mu.Lock()
+	}
+}
+
+// Wake tells Run that the live set changed. It never blocks; calls that come before Run has looked are one.
+func (c *Cache) Wake() {
+	select {
+	case c.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Retry forgets the errors of a service account's keys, or with an empty serviceAccount of all keys of the namespace, so
+// that they are tried again at once: somebody changed what may have been the reason.
+func (c *Cache) Retry(namespace, serviceAccount string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for key, e := range c.entries {
+		if key.Namespace == namespace && (serviceAccount == "" || key.ServiceAccount == serviceAccount) {
+			e.err, e.failures, e.retryAt = nil, 0, time.Time{}
+		}
+	}
+	c.Wake()
+}
+
+// Run issues, refreshes and evicts until ctx is done and the calls in flight, which it cancels, have returned. It must run
+// once. Its error is always nil.
+func (c *Cache) Run(ctx context.Context) error {
+	var issues sync.WaitGroup
+	defer issues.Wait()
+	timer := time.NewTimer(resync)
+	defer timer.Stop()
+	for ctx.Err() == nil {
+		c.readLive()
+		start, sleep := c.next(time.Now())
+		for _, e := range start {
+			issues.Go(func() { c.issue(ctx, e) })
+		}
+		timer.Reset(sleep)
+		select {
+		case <-ctx.Done():
+		case <-c.wake:
+		case <-timer.C:
+		}
+	}
+	return nil
+}
+
+// readLive marks the entries of live keys and evicts what no live pod holds and nobody waits for.
+func (c *Cache) readLive() {
+	c.mu.Lock()
+	c.pass++
+	c.mu.Unlock()
+	c.seen = c.seen[:0]
+	for key, prefetch := range c.live() {
+		c.seen = append(c.seen, liveKey{key, prefetch})
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, l := range c.seen {
+		e := c.entries[l.key]
+		if e == nil {
+			if !l.prefetch {
+				continue
+			}
+			e = &entry{key: l.key, changed: make(chan struct{})}
+			c.entries[l.key] = e
+		}
+		e.prefetch = l.prefetch || e.prefetch && e.seen == c.pass
+		e.seen = c.pass
+	}
+	for key, e := range c.entries {
+		if e.seen != c.pass && e.waiters == 0 && !e.issuing {
+			delete(c.entries, key)
+		}
+	}
+}
+
+// next returns the entries to issue now, marked as such, and how long nothing else is to be done unless something changes.
+func (c *Cache) next(now time.Time) (start []*entry, sleep time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	sleep = resync
+	c.due = c.due[:0]
+	for _, e := range c.entries {
+		if e.issuing || e.waiters == 0 && !(e.seen == c.pass && (e.prefetch || e.asked)) {
+			continue
+		}
+		if wait := e.dueAt(now).Sub(now); wait > 0 {
+			sleep = min(sleep, wait)
+			continue
+		}
+		c.due = append(c.due, e)
+	}
+	slices.SortFunc(c.due, byUrgency)
+	for _, e := range c.due {
+		background := e.waiters == 0
+		if background && c.background == maxBackground {
+			break // the end of one of them wakes Run
+		}
+		need := 1.0
+		if background && c.bucket.Burst() > 1 {
+			need = 2 // the last token is for a request, which then need not wait for the next
+		}
+		if tokens := c.bucket.TokensAt(now); tokens < need {
+			refill := time.Duration((need - tokens) / float64(c.bucket.Limit()) * float64(time.Second))
+			sleep = min(sleep, refill+time.Millisecond)
+			break
+		}
+		c.bucket.AllowN(now, 1)
+		e.issuing, e.background = true, background
+		if background {
+			c.background++
+		}
+		start = append(start, e)
+	}
+	return start, sleep
+}
+
+// issue calls the issuer for an entry that next has marked.
+func (c *Cache) issue(ctx context.Context, e *entry) {
+	var (
+		v   *value
+		err error
+	)
+	defer func() {
+		if r := recover(); r != nil {
+			// The value may hold anything, and err is shown to pods.
+			c.log.ErrorContext(ctx, "issuing panicked", "panic", fmt.Sprint(r), "stack", string(debug.Stack()))
+			v, err = nil, errPanic
+		}
+		c.finish(ctx, e, v, err)
+	}()
+	err = errNothing // should the issuer end the goroutine
+	timeout, cancel := context.WithTimeout(ctx, issueTimeout)
+	defer cancel()
+	creds, issueErr := c.issuer.Issue(timeout, e.key)
+	if err = issueErr; err == nil {
+		v, err = newValue(creds, e.key.Duration, time.Now(), c.encode)
+	}
+}
+
+var (
+	errPanic   = errors.New("internal error while issuing credentials; the log of this node's imdsgate tells more")
+	errNothing = errors.New("the issuer returned no credentials")
+)
+
+// finish publishes the outcome of an issue to its waiters.
+func (c *Cache) finish(ctx context.Context, e *entry, v *value, err error) {
+	now := time.Now()
+	c.mu.Lock()
+	e.issuing = false
+	if e.background {
+		c.background--
+	}
+	var retryIn time.Duration
+	if err == nil {
+		e.value, e.err, e.failures, e.retryAt = v, nil, 0, time.Time{}
+	} else {
+		retryIn = backOff(e.failures, rand.Float64())
+		e.err, e.failures, e.retryAt = err, e.failures+1, now.Add(retryIn) // the value stays: invariant 4
+	}
+	close(e.changed)
+	e.changed = make(chan struct{})
+	c.mu.Unlock()
+	c.Wake()
+
+	log := c.log.With("namespace", e.key.Namespace, "service_account", e.key.ServiceAccount,
+		"role_arn", e.key.RoleARN, "session_name", e.key.SessionName)
+	switch {
+	case err == nil:
+		log.InfoContext(ctx, "session issued", "access_key_id", v.creds.AccessKeyID,
+			"expires", v.creds.Expires.UTC(), "sts_request_id", v.creds.RequestID)
+	case ctx.Err() == nil: // else Run ends, which is no failure
+		log.WarnContext(ctx, "issuing session failed", "error", err.Error(), "retry_in", retryIn.Round(time.Millisecond).String())
+	}
+}
+
+// State says what an entry can do for a request.
+type State string
+
+// The states of an entry: label values of imdsgate_credentials_entries.
+const (
+	Ready   State = "ready"   // has credentials that may be served
+	Pending State = "pending" // has none yet
+	Failed  State = "failed"  // has none and the last try failed
+)
+
+// Entry tells about one key, without secrets.
+type Entry struct {
+	Key             Key
+	State           State
+	Issued, Expires time.Time // of the newest credentials; zero: none yet
+	NextIssue       time.Time // not before; zero while one is in flight
+	Err             error     // of the last try; nil after success
+}
+
+// Snapshot yields every entry as of its call, by namespace, service account and role.
+func (c *Cache) Snapshot() iter.Seq[Entry] {
+	now := time.Now()
+	c.mu.RLock()
+	entries := make([]Entry, 0, len(c.entries))
+	for _, e := range c.entries {
+		s := Entry{Key: e.key, State: e.state(now), Err: e.err}
+		if e.value != nil {
+			s.Issued, s.Expires = e.value.creds.Issued, e.value.creds.Expires
+		}
+		if !e.issuing {
+			s.NextIssue = e.dueAt(now)
+		}
+		entries = append(entries, s)
+	}
+	c.mu.RUnlock()
+	slices.SortFunc(entries, func(a, b Entry) int {
+		return cmp.Or(strings.Compare(a.Key.Namespace, b.Key.Namespace),
+			strings.Compare(a.Key.ServiceAccount, b.Key.ServiceAccount), strings.Compare(a.Key.RoleARN, b.Key.RoleARN))
+	})
+	return slices.Values(entries)
+}

@@ -1,0 +1,26 @@
+// Package cache has the credentials of role sessions by [Key]: issued before they are asked for, refreshed long before they
+// expire, and served from memory.
+//
+// It is level-triggered. One loop, [Cache.Run], looks at the keys that live pods are authorized for and at what it has for
+// each of them, starts what is due and sleeps until the next thing will be. What is due follows from that state alone, never
+// from an event that could be lost. These invariants hold, each with its test:
+//
+//  1. A [Key] holds every input of the issue call: equal keys share credentials, unequal keys never do.
+//     TestKeyHoldsEveryInput, TestUnequalKeysShareNothing.
+//  2. At most one issue per key is in flight. Those who wait for it wait for its result, each with its own deadline.
+//     TestSingleFlight, TestWaitersHaveTheirOwnDeadlines, TestRandomSchedules.
+//  3. A caller that leaves never cancels the issue, which has a context and a timeout of its own.
+//     TestLeavingDoesNotCancel, TestIssueTimeout.
+//  4. A failed refresh never removes or overwrites a value that is still valid. A value is served until 60 s before it
+//     expires and never after. TestFailedRefreshKeepsValue, TestNeverServedInLastMinute, TestRandomSchedules.
+//  5. A value is refreshed at half its life ±10 %, so that answers normally carry at least 20 min.
+//     TestRefreshAtHalfLife, TestRefreshLeavesTwentyMinutes.
+//  6. Errors are remembered with a jittered back-off of 1 s doubling to 60 s, until [Cache.Retry]. A token bucket bounds the
+//     issue calls of the node. Keys that a request waits for go first, then those that expire soonest, then prefetch.
+//     TestBackOff, TestRetry, TestRate, TestAskedKeyComesFirst, TestHangingIssuesStarveNobody.
+//  7. Memory is bounded by the live keys: a key goes with its last pod. TestEviction.
+//  8. A value ends by the monotonic or by the wall clock, whichever is earlier. TestBothClocks, TestClockAhead.
+//  9. No secret is reachable through fmt, slog, encoding/json or a metric. TestRedaction.
+//
+// An [Issuer] that panics fails that one issue: TestPanicDoesNotWedge.
+package cache
