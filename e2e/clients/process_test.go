@@ -1,0 +1,156 @@
+package clients
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os/exec"
+	"syscall"
+	"time"
+)
+
+// fetchTimeout is when a program calls its fetch a hang. The slowest clean failure measured is
+// 7 s (Go SDK v1, retrying); the rest is room for a busy machine.
+const fetchTimeout = 20 * time.Second
+
+// result is a program's line about one fetch.
+type result struct {
+	Client      string  `json:"client"`
+	OK          bool    `json:"ok"`
+	AccessKeyID string  `json:"access_key_id"`
+	Expiration  string  `json:"expiration"`
+	Seconds     float64 `json:"seconds"`
+	Error       string  `json:"error"`
+	ARN         string  `json:"arn"`
+}
+
+// process is a running program.
+type process struct {
+	cmd    *exec.Cmd
+	stdin  io.WriteCloser
+	out    *bufio.Scanner
+	stderr bytes.Buffer
+}
+
+// start runs a program; enter calls a function on a thread in the program's network namespace.
+func start(enter func(func() error) error, argv, env []string) (*process, error) {
+	p := &process{cmd: exec.Command(argv[0], argv[1:]...)}
+	p.cmd.Env = env
+	p.cmd.Dir = "/"
+	p.cmd.Stderr = &p.stderr
+	// A group of its own: a program that hangs may leave the client it started behind.
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	var err error
+	if p.stdin, err = p.cmd.StdinPipe(); err != nil {
+		return nil, err
+	}
+	stdout, err := p.cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	p.out = bufio.NewScanner(stdout)
+	if err := enter(p.cmd.Start); err != nil {
+		return nil, fmt.Errorf("start %s: %w", argv[0], err)
+	}
+	return p, nil
+}
+
+// environment is that of a program which knows nothing about credentials. home is empty.
+func environment(home string, more ...string) []string {
+	return append([]string{
+		"PATH=/usr/bin:/bin", "HOME=" + home, "LANG=C.UTF-8", "PYTHONDONTWRITEBYTECODE=1",
+		"AWS_REGION=us-east-1", "AWS_DEFAULT_REGION=us-east-1",
+		fmt.Sprintf("FETCH_TIMEOUT=%g", fetchTimeout.Seconds()),
+	}, more...)
+}
+
+// run lets the program fetch that many times and end; between is called before each fetch but the
+// first. What the program printed is returned with an error, too.
+func (p *process) run(fetches int, between func() error) (rs []result, err error) {
+	for i := range fetches {
+		if i > 0 {
+			if between != nil {
+				if err := between(); err != nil {
+					p.kill()
+					return rs, errors.Join(err, p.wait())
+				}
+			}
+			if err := p.again(); err != nil {
+				return rs, errors.Join(err, p.wait())
+			}
+		}
+		r, err := p.next()
+		if err != nil {
+			return rs, err
+		}
+		rs = append(rs, r)
+	}
+	return rs, p.end()
+}
+
+// next returns the line about the fetch under way, and an error if the program died or hung.
+func (p *process) next() (result, error) {
+	// The program watches its own fetch; this is for one that cannot even do that.
+	stop := time.AfterFunc(fetchTimeout+15*time.Second, p.kill)
+	defer stop.Stop()
+	if !p.out.Scan() {
+		return result{}, fmt.Errorf("died without a result: %w", p.wait())
+	}
+	var r result
+	if err := json.Unmarshal(p.out.Bytes(), &r); err != nil {
+		return result{}, fmt.Errorf("no result but %q: %w", p.out.Bytes(), err)
+	}
+	return r, nil
+}
+
+// again asks for another fetch.
+func (p *process) again() error {
+	_, err := io.WriteString(p.stdin, "\n")
+	return err
+}
+
+// end closes the program's stdin and returns how it ended, nil being status 0.
+func (p *process) end() error {
+	_ = p.stdin.Close()
+	stop := time.AfterFunc(10*time.Second, p.kill)
+	defer stop.Stop()
+	return p.wait()
+}
+
+// kill ends the program and what it started; a program that is gone is no error.
+func (p *process) kill() { _ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL) }
+
+func (p *process) wait() error {
+	defer p.kill() // the rest of its group
+	err := p.cmd.Wait()
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%w: %s", err, tail(p.stderr.Bytes()))
+}
+
+func tail(b []byte) []byte {
+	b = bytes.TrimSpace(b)
+	return b[max(0, len(b)-600):]
+}
+
+// hung and aborted name the two outcomes that no answer of the endpoint may cause.
+func hung(err error) bool {
+	var exit *exec.ExitError
+	return errors.As(err, &exit) && (exit.ExitCode() == 3 || signal(exit) == syscall.SIGKILL)
+}
+
+func aborted(err error) bool {
+	var exit *exec.ExitError
+	return errors.As(err, &exit) && signal(exit) == syscall.SIGABRT
+}
+
+func signal(e *exec.ExitError) syscall.Signal {
+	if s, ok := e.Sys().(syscall.WaitStatus); ok && s.Signaled() {
+		return s.Signal()
+	}
+	return 0
+}
