@@ -13,7 +13,7 @@ import (
 )
 
 // imdsTimeout bounds a question to the instance metadata endpoint: off EC2 nothing answers.
-const imdsTimeout = 3 * time.Second
+const imdsTimeout = 2 * time.Second
 
 // region asks the instance metadata endpoint.
 func (s *STS) region(ctx context.Context) (string, error) {
@@ -36,7 +36,7 @@ func (s *STS) region(ctx context.Context) (string, error) {
 }
 
 // BaseRoleARN returns the prefix of the ARNs of roles in the node's account, arn:<partition>:iam::<account>:role/, as the
-// node's instance profile shows it. It takes at most 3 s.
+// node's instance profile shows it. It takes at most 2 s.
 func (s *STS) BaseRoleARN(ctx context.Context) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, imdsTimeout)
 	defer cancel()

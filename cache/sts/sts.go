@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"strings"
 	"sync"
 	"time"
@@ -29,7 +30,7 @@ import (
 const (
 	attempts       = 2
 	attemptTimeout = 4 * time.Second
-	attemptPause   = 500 * time.Millisecond
+	attemptPause   = 250 * time.Millisecond // at most; half of it at least
 )
 
 // chainedDuration is what STS allows every role, also one assumed by role chaining.
@@ -86,7 +87,7 @@ type STS struct {
 var _ cache.Issuer = (*STS)(nil)
 
 // New reads the SDK's own configuration (environment, shared files) and returns an STS. The only I/O beside reading files is
-// one question to the instance metadata endpoint, of at most 3 s, when no region is configured.
+// one question to the instance metadata endpoint, of at most 2 s, when no region is configured.
 func New(ctx context.Context, o Options) (*STS, error) {
 	switch {
 	case o.WebIdentity && o.Tokens == nil:
@@ -106,7 +107,10 @@ func New(ctx context.Context, o Options) (*STS, error) {
 		config.WithHTTPClient(awshttp.NewBuildableClient().WithTimeout(attemptTimeout)),
 		config.WithRetryer(func() aws.Retryer {
 			return retry.NewStandard(func(o *retry.StandardOptions) {
-				o.MaxAttempts, o.MaxBackoff = attempts, attemptPause
+				o.MaxAttempts = attempts
+				o.Backoff = retry.BackoffDelayerFunc(func(int, error) (time.Duration, error) {
+					return attemptPause/2 + rand.N(attemptPause/2), nil
+				})
 			})
 		}),
 		config.WithLogger(sdkLogger(log)),
