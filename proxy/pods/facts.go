@@ -1,0 +1,164 @@
+package pods
+
+import (
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/imdsgate/imdsgate/proxy"
+)
+
+// annotationMirror marks the API server's copy of a static pod.
+const annotationMirror = corev1.MirrorPodAnnotationKey
+
+// maxAnnotation is how much of an annotation of a pod or service account is kept, in bytes. It is longer than anything that
+// AWS takes (a role ARN has 2048 at most), so that what is cut was refused before and is refused after.
+const maxAnnotation = 4096
+
+// facts are what is kept of a Pod.
+type facts struct {
+	pod         proxy.Pod
+	annotations map[string]string // those that proxy.Policy reads
+	ips         []netip.Addr      // none if the pod cannot be a caller
+	node        string
+	phase       corev1.PodPhase
+	hostNetwork bool
+	mirror      bool
+	ownSource   bool // its SDKs get credentials without asking the metadata endpoint
+	terminating bool
+	ended       bool      // its containers will never run again
+	started     time.Time // status.startTime: the kubelet took it on
+	firstRun    time.Time // when its first container started; zero if unknown or if one restarted
+}
+
+// serving reports whether the pod can ask us for credentials, now or later.
+func (f *facts) serving() bool { return !f.ended && !f.hostNetwork }
+
+// podFacts is total: objects may hold anything.
+func podFacts(o *corev1.Pod) facts {
+	f := facts{
+		pod: proxy.Pod{
+			UID: string(o.UID), Namespace: o.Namespace, Name: o.Name, ServiceAccount: o.Spec.ServiceAccountName,
+		},
+		annotations: keep(o.Annotations, proxy.AnnotationPodRole, proxy.AnnotationPodExternalID, proxy.AnnotationPodSessionName),
+		node:        o.Spec.NodeName,
+		phase:       o.Status.Phase,
+		hostNetwork: o.Spec.HostNetwork,
+		terminating: o.DeletionTimestamp != nil,
+		ownSource:   slices.ContainsFunc(o.Spec.Containers, ownSource) || slices.ContainsFunc(o.Spec.InitContainers, ownSource),
+		firstRun:    firstRun(&o.Status),
+	}
+	_, f.mirror = o.Annotations[annotationMirror]
+	f.ended = f.phase == corev1.PodSucceeded || f.phase == corev1.PodFailed || f.terminating && containersEnded(&o.Status)
+	if t := o.Status.StartTime; t != nil {
+		f.started = t.Time
+	}
+	if f.serving() {
+		f.ips = podIPs(&o.Status)
+	}
+	return f
+}
+
+func podIPs(s *corev1.PodStatus) []netip.Addr {
+	var ips []netip.Addr
+	add := func(text string) {
+		// What is no address is left out: kiam's index function panicked on what users wrote, and took the node down.
+		if ip, err := netip.ParseAddr(text); err == nil && !slices.Contains(ips, ip.Unmap()) {
+			ips = append(ips, ip.Unmap())
+		}
+	}
+	for _, ip := range s.PodIPs {
+		add(ip.IP)
+	}
+	add(s.PodIP)
+	return ips
+}
+
+func ownSource(c corev1.Container) bool {
+	return slices.ContainsFunc(c.Env, func(e corev1.EnvVar) bool {
+		return e.Name == "AWS_WEB_IDENTITY_TOKEN_FILE" || e.Name == "AWS_CONTAINER_CREDENTIALS_FULL_URI"
+	})
+}
+
+// containersEnded reports whether no container of a terminating pod runs any more. A sidecar may outlive the others.
+func containersEnded(s *corev1.PodStatus) bool {
+	running := func(c corev1.ContainerStatus) bool { return c.State.Running != nil }
+	terminated := func(c corev1.ContainerStatus) bool { return c.State.Terminated != nil }
+	return len(s.ContainerStatuses) > 0 &&
+		!slices.ContainsFunc(s.ContainerStatuses, func(c corev1.ContainerStatus) bool { return !terminated(c) }) &&
+		!slices.ContainsFunc(s.InitContainerStatuses, running) && !slices.ContainsFunc(s.EphemeralContainerStatuses, running)
+}
+
+// firstRun is when the first container of a pod started. With a restart that moment is forgotten: then it is zero.
+func firstRun(s *corev1.PodStatus) time.Time {
+	var first time.Time
+	for _, c := range slices.Concat(s.InitContainerStatuses, s.ContainerStatuses) {
+		var at metav1.Time
+		switch {
+		case c.RestartCount != 0:
+			return time.Time{}
+		case c.State.Running != nil:
+			at = c.State.Running.StartedAt
+		case c.State.Terminated != nil:
+			if at = c.State.Terminated.StartedAt; at.IsZero() {
+				return time.Time{} // it ran, nobody knows when
+			}
+		}
+		if !at.IsZero() && (first.IsZero() || at.Time.Before(first)) {
+			first = at.Time
+		}
+	}
+	return first
+}
+
+// keep returns the named annotations, cut to maxAnnotation: users must not be able to fill our memory.
+func keep(annotations map[string]string, names ...string) map[string]string {
+	var kept map[string]string
+	for _, name := range names {
+		v, ok := annotations[name]
+		if !ok {
+			continue
+		}
+		if kept == nil {
+			kept = make(map[string]string, len(names))
+		}
+		if len(v) > maxAnnotation {
+			v = strings.Clone(v[:maxAnnotation]) // a slice would keep all of it
+		}
+		kept[name] = v
+	}
+	return kept
+}
+
+// object is what is kept of a ServiceAccount or a Namespace; the zero value is one that does not exist.
+type object struct {
+	present     bool
+	uid         types.UID
+	annotations map[string]string
+}
+
+func (o object) equal(b object) bool {
+	return o.present == b.present && o.uid == b.uid && maps.Equal(o.annotations, b.annotations)
+}
+
+func accountFacts(o *corev1.ServiceAccount) object {
+	return object{true, o.UID, keep(o.Annotations, proxy.AnnotationRoleARN, proxy.AnnotationAudience, proxy.AnnotationTokenExpiration,
+		proxy.AnnotationSTSRegional, proxy.AnnotationSessionDuration, proxy.AnnotationExternalID)}
+}
+
+// namespaceFacts does not cut: a long list of patterns is legitimate, and a cut one is another list.
+func namespaceFacts(o *corev1.Namespace) object {
+	kept := make(map[string]string, 2)
+	for _, name := range []string{proxy.AnnotationAllowedRoles, proxy.AnnotationPermitted} {
+		if v, ok := o.Annotations[name]; ok {
+			kept[name] = v
+		}
+	}
+	return object{true, o.UID, kept}
+}

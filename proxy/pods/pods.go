@@ -1,0 +1,254 @@
+package pods
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/rest"
+
+	"github.com/imdsgate/imdsgate/cache"
+	"github.com/imdsgate/imdsgate/proxy"
+)
+
+// Options are what New needs. All are required but OnChange.
+type Options struct {
+	Config  *rest.Config // rate limit and content type are set here
+	Node    string       // spec.nodeName of the pods that are served
+	Policy  *proxy.Policy
+	Log     *slog.Logger
+	Metrics prometheus.Registerer
+	// OnChange is told that the keys of a service account's pods may have changed: a pod came or went, or one of the
+	// objects that decide changed. It is called from several goroutines, without locks held; events wait while it runs.
+	OnChange func(namespace, serviceAccount string)
+}
+
+// Pods knows the pods of one node, their service accounts and their namespaces. It is safe for concurrent use.
+type Pods struct {
+	client   *rest.RESTClient
+	node     string
+	policy   *proxy.Policy
+	log      *slog.Logger
+	onChange func(namespace, serviceAccount string)
+	events   *events
+	failures failures
+	waiting  waiting
+	count    atomic.Int64
+	synced   chan struct{} // closed when it is
+
+	// table answers Find. It is never changed, only replaced; nil until the pods were listed.
+	table atomic.Pointer[map[netip.Addr]answer]
+
+	mu         sync.Mutex           // guards what follows; never taken by Find
+	pods       map[string]*resident // by UID
+	byIP       map[netip.Addr][]*resident
+	accounts   map[types.NamespacedName]*used
+	namespaces map[types.NamespacedName]*used
+	listed     bool
+	contact    contact
+	spawn      func(func(context.Context)) context.CancelFunc // nil unless Run runs
+}
+
+var (
+	_ proxy.CallerFinder = (*Pods)(nil)
+	_ proxy.Reporter     = (*Pods)(nil)
+)
+
+// New does no I/O.
+func New(o Options) (*Pods, error) {
+	if o.Node == "" {
+		return nil, errors.New("no node name: set -node or NODE_NAME")
+	}
+	client, err := newClient(o.Config)
+	if err != nil {
+		return nil, err
+	}
+	p := &Pods{
+		client:     client,
+		node:       o.Node,
+		policy:     o.Policy,
+		log:        o.Log,
+		onChange:   o.OnChange,
+		failures:   failures{now: make(map[string]error), logged: make(map[string]time.Time)},
+		synced:     make(chan struct{}),
+		pods:       make(map[string]*resident),
+		byIP:       make(map[netip.Addr][]*resident),
+		accounts:   make(map[types.NamespacedName]*used),
+		namespaces: make(map[types.NamespacedName]*used),
+	}
+	p.events = newEvents(client, o.Node, o.Log)
+	if err := o.Metrics.Register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "imdsgate_pods",
+		Help: "Pods of this node that may ask for credentials.",
+	}, func() float64 { return float64(p.count.Load()) })); err != nil {
+		return nil, fmt.Errorf("register metrics: %w", err)
+	}
+	return p, nil
+}
+
+// Run follows the API server until ctx is done, and returns when all of its goroutines have. It can be called once. What
+// is known stays known when the API server cannot be reached.
+func (p *Pods) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var tasks sync.WaitGroup
+	p.mu.Lock()
+	again := p.spawn != nil
+	if !again {
+		p.spawn = func(task func(context.Context)) context.CancelFunc {
+			ctx, cancel := context.WithCancel(ctx)
+			tasks.Go(func() { task(ctx) })
+			return cancel
+		}
+	}
+	p.mu.Unlock()
+	defer tasks.Wait()
+	defer cancel()
+	if again {
+		return errors.New("pods: Run was called twice")
+	}
+	tasks.Go(func() { p.events.run(ctx) })
+	p.followPods(ctx)
+	return nil
+}
+
+// Synced reports whether the pods were listed and every service account and namespace they use was seen or found absent.
+// It stays true: later gaps concern single pods, and Find names them.
+func (p *Pods) Synced() bool {
+	select {
+	case <-p.synced:
+		return true
+	default:
+		return false
+	}
+}
+
+// WaitSynced waits for Synced until ctx is done; then its error says what is missing.
+func (p *Pods) WaitSynced(ctx context.Context) error {
+	select {
+	case <-p.synced:
+		return nil
+	case <-ctx.Done():
+		if err := p.failures.err(); err != nil {
+			return fmt.Errorf("%w: %w", proxy.ErrNotSynced, err)
+		}
+		return fmt.Errorf("%w: %w", proxy.ErrNotSynced, ctx.Err())
+	}
+}
+
+// Err says which watches do not work at present; nil if all do.
+func (p *Pods) Err() error { return p.failures.err() }
+
+// answer is what Find says about one IP: one of the two is not nil.
+type answer struct {
+	caller *proxy.Caller
+	err    error
+}
+
+// Find implements proxy.CallerFinder: two atomic reads, no lock, no allocation.
+func (p *Pods) Find(ip netip.Addr) (*proxy.Caller, error) {
+	table := p.table.Load()
+	if table == nil {
+		return nil, proxy.ErrNotSynced
+	}
+	a, ok := (*table)[ip.Unmap()]
+	if !ok {
+		return nil, proxy.ErrUnknownIP
+	}
+	return a.caller, a.err
+}
+
+// Wait implements proxy.CallerFinder.
+func (p *Pods) Wait(ctx context.Context, ip netip.Addr) (*proxy.Caller, error) {
+	ip = ip.Unmap()
+	for {
+		// Joined before looking: what changes after the look wakes us.
+		w := p.waiting.join(ip)
+		c, err := p.Find(ip)
+		if err == nil {
+			p.waiting.leave(ip, w)
+			return c, nil
+		}
+		select {
+		case <-w.woken:
+		case <-ctx.Done():
+			p.waiting.leave(ip, w)
+			return p.Find(ip)
+		}
+	}
+}
+
+// Live yields the keys that the pods of this node are authorized for, bound or running, each once, and whether to issue
+// credentials before anybody asks: not if all its pods get theirs from elsewhere.
+func (p *Pods) Live() iter.Seq2[cache.Key, bool] {
+	return func(yield func(cache.Key, bool) bool) {
+		for key, prefetch := range p.live() {
+			if !yield(key, prefetch) {
+				return
+			}
+		}
+	}
+}
+
+func (p *Pods) live() map[cache.Key]bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	keys := make(map[cache.Key]bool, len(p.pods))
+	for _, r := range p.pods {
+		if r.caller != nil && r.caller.Grant != nil {
+			key := r.caller.Grant.Key
+			keys[key] = keys[key] || !r.ownSource
+		}
+	}
+	return keys
+}
+
+// waiting are the requests that Wait holds: as many as there are connections, at most.
+type waiting struct {
+	mu sync.Mutex
+	on map[netip.Addr]*waiters
+}
+
+type waiters struct {
+	n     int
+	woken chan struct{}
+}
+
+func (w *waiting) join(ip netip.Addr) *waiters {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.on == nil {
+		w.on = make(map[netip.Addr]*waiters)
+	}
+	on := w.on[ip]
+	if on == nil {
+		on = &waiters{woken: make(chan struct{})}
+		w.on[ip] = on
+	}
+	on.n++
+	return on
+}
+
+func (w *waiting) leave(ip netip.Addr, on *waiters) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if on.n--; on.n == 0 && w.on[ip] == on {
+		delete(w.on, ip)
+	}
+}
+
+func (w *waiting) wake(ip netip.Addr) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if on := w.on[ip]; on != nil {
+		delete(w.on, ip)
+		close(on.woken)
+	}
+}

@@ -1,0 +1,344 @@
+package pods
+
+import (
+	"context"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/imdsgate/imdsgate/proxy"
+)
+
+// resident is a pod of this node and what was decided about it. Guarded by Pods.mu.
+type resident struct {
+	facts
+	since     time.Time // see Caller.Since
+	account   *used     // nil: it has none, or the pod is not serving
+	namespace *used     // nil if the pod is not serving
+	caller    *proxy.Caller
+	conflict  string
+}
+
+// used is a service account or a namespace that pods of this node use; it is watched as long as there are any.
+type used struct {
+	object
+	name  types.NamespacedName // of a namespace: Name alone
+	known bool                 // seen, or found absent
+	rules *proxy.NamespaceRules
+	by    map[*resident]struct{}
+	stop  context.CancelFunc
+}
+
+// change collects what an event touched, to be told after it was applied.
+type change struct {
+	ips      map[netip.Addr]struct{}
+	accounts map[types.NamespacedName]struct{}
+	reports  []report
+}
+
+func (c *change) touch(ips ...netip.Addr) {
+	for _, ip := range ips {
+		c.ips[ip] = struct{}{}
+	}
+}
+
+// update applies an event, publishes the answers it touched, and then, without the lock, wakes and tells.
+func (p *Pods) update(apply func(*change)) {
+	c := &change{ips: make(map[netip.Addr]struct{}), accounts: make(map[types.NamespacedName]struct{})}
+	p.mu.Lock()
+	apply(c)
+	p.publish(c)
+	synced := p.becameSynced()
+	p.mu.Unlock()
+	for ip := range c.ips {
+		p.waiting.wake(ip)
+	}
+	for _, r := range c.reports {
+		p.events.report(r)
+	}
+	if p.onChange != nil {
+		for a := range c.accounts {
+			p.onChange(a.Namespace, a.Name)
+		}
+	}
+	if synced {
+		p.log.Info("pods synced", "node", p.node, "pods", p.count.Load())
+	}
+}
+
+// publish replaces the table if answers changed, and reduces c.ips to those.
+func (p *Pods) publish(c *change) {
+	if !p.listed {
+		return
+	}
+	old := p.table.Load()
+	var next map[netip.Addr]answer
+	if old == nil {
+		next = make(map[netip.Addr]answer, len(p.byIP))
+		old = &next
+	}
+	for ip := range c.ips {
+		was, had := (*old)[ip]
+		is, has := p.holder(ip)
+		if is.err == proxy.ErrAmbiguousIP && was.err != proxy.ErrAmbiguousIP {
+			p.log.Warn("pods have the same IP: nobody is served there", "ip", ip, "pods", names(p.byIP[ip]))
+		}
+		if had == has && was == is {
+			delete(c.ips, ip)
+			continue
+		}
+		if next == nil {
+			next = maps.Clone(*old)
+		}
+		if has {
+			next[ip] = is
+		} else {
+			delete(next, ip)
+		}
+	}
+	if next != nil {
+		p.table.Store(&next)
+	}
+}
+
+// holder decides who holds an IP: the single pod that is not terminating, else the single one that is.
+func (p *Pods) holder(ip netip.Addr) (answer, bool) {
+	pods := p.byIP[ip]
+	if len(pods) > 1 {
+		if stay := slices.DeleteFunc(slices.Clone(pods), func(r *resident) bool { return r.terminating }); len(stay) > 0 {
+			pods = stay
+		}
+	}
+	switch {
+	case len(pods) == 0:
+		return answer{}, false
+	case len(pods) > 1:
+		return answer{err: proxy.ErrAmbiguousIP}, true
+	case pods[0].caller == nil:
+		return answer{err: proxy.ErrIncomplete}, true
+	}
+	return answer{caller: pods[0].caller}, true
+}
+
+func names(rs []*resident) []string {
+	list := make([]string, 0, len(rs))
+	for _, r := range rs {
+		list = append(list, r.pod.Namespace+"/"+r.pod.Name)
+	}
+	return list
+}
+
+func (p *Pods) becameSynced() bool {
+	if !p.listed || p.Synced() {
+		return false
+	}
+	for _, r := range p.pods {
+		if r.serving() && r.caller == nil {
+			return false
+		}
+	}
+	close(p.synced)
+	return true
+}
+
+// replace takes a complete list.
+func (p *Pods) replace(c *change, list []facts, now time.Time) {
+	here := make(map[string]struct{}, len(list))
+	for _, f := range list {
+		here[f.pod.UID] = struct{}{}
+	}
+	for uid, r := range p.pods {
+		if _, ok := here[uid]; !ok {
+			p.remove(c, r)
+		}
+	}
+	var seen time.Time // of pods that came since the last contact
+	if last := p.contact.last; !last.IsZero() {
+		seen = last.Add(-catchUp)
+	}
+	for _, f := range list {
+		p.upsert(c, f, now, seen)
+	}
+	p.listed, p.contact.last, p.contact.before = true, now, now
+}
+
+// upsert takes a pod as it is now. seen bounds the beginning of pods that are new; zero: nothing known.
+func (p *Pods) upsert(c *change, f facts, now, seen time.Time) {
+	if f.node != p.node {
+		p.remove(c, p.pods[f.pod.UID]) // the field selector keeps others away; never rest on it
+		return
+	}
+	old := p.pods[f.pod.UID]
+	cur := old
+	if old == nil {
+		cur = &resident{since: seen}
+		p.pods[f.pod.UID] = cur
+	}
+	was := cur.facts
+	cur.facts = f
+	cur.since = later(cur.since, lowerBound(was.started, f.started, now))
+	cur.since = later(cur.since, lowerBound(was.firstRun, f.firstRun, now))
+	c.touch(was.ips...)
+	c.touch(f.ips...)
+	if !slices.Equal(was.ips, f.ips) {
+		p.unindex(cur, was.ips)
+		for _, ip := range f.ips {
+			p.byIP[ip] = append(p.byIP[ip], cur)
+		}
+	}
+	wasServing := old != nil && was.serving()
+	if f.serving() != wasServing {
+		if f.serving() {
+			p.attach(cur)
+			p.count.Add(1)
+		} else {
+			p.detach(cur)
+			p.count.Add(-1)
+		}
+		c.accounts[cur.accountName()] = struct{}{}
+	}
+	if !maps.Equal(was.annotations, f.annotations) || was.ownSource != f.ownSource || was.mirror != f.mirror {
+		c.accounts[cur.accountName()] = struct{}{}
+		cur.caller = nil
+	}
+	p.decide(c, cur)
+}
+
+// remove forgets a pod; nil is none.
+func (p *Pods) remove(c *change, r *resident) {
+	if r == nil {
+		return
+	}
+	delete(p.pods, r.pod.UID)
+	p.unindex(r, r.ips)
+	c.touch(r.ips...)
+	if r.serving() {
+		p.detach(r)
+		p.count.Add(-1)
+		c.accounts[r.accountName()] = struct{}{}
+	}
+}
+
+func (p *Pods) unindex(r *resident, ips []netip.Addr) {
+	for _, ip := range ips {
+		p.byIP[ip] = slices.DeleteFunc(p.byIP[ip], func(q *resident) bool { return q == r })
+		if len(p.byIP[ip]) == 0 {
+			delete(p.byIP, ip)
+		}
+	}
+}
+
+func (r *resident) accountName() types.NamespacedName {
+	return types.NamespacedName{Namespace: r.pod.Namespace, Name: r.pod.ServiceAccount}
+}
+
+// attach follows the objects that a pod's decision rests on.
+func (p *Pods) attach(r *resident) {
+	if r.mirror {
+		return
+	}
+	r.namespace = p.use(p.namespaces, types.NamespacedName{Name: r.pod.Namespace}, r, p.followNamespace)
+	if r.pod.ServiceAccount != "" {
+		r.account = p.use(p.accounts, r.accountName(), r, p.followAccount)
+	}
+}
+
+func (p *Pods) detach(r *resident) {
+	p.unuse(p.namespaces, r.namespace, r)
+	p.unuse(p.accounts, r.account, r)
+	r.namespace, r.account, r.caller = nil, nil, nil
+}
+
+func (p *Pods) use(all map[types.NamespacedName]*used, name types.NamespacedName, by *resident, follow func(context.Context, *used)) *used {
+	u := all[name]
+	if u == nil {
+		u = &used{name: name, by: make(map[*resident]struct{})}
+		all[name] = u
+		u.stop = p.spawn(func(ctx context.Context) { follow(ctx, u) })
+	}
+	u.by[by] = struct{}{}
+	return u
+}
+
+func (p *Pods) unuse(all map[types.NamespacedName]*used, u *used, by *resident) {
+	if u == nil {
+		return
+	}
+	delete(u.by, by)
+	if len(u.by) == 0 {
+		delete(all, u.name)
+		u.stop()
+	}
+}
+
+// seen takes a service account or namespace as it is now.
+func (p *Pods) seen(c *change, u *used, o object) {
+	if u.known && u.object.equal(o) {
+		return
+	}
+	u.object, u.known = o, true
+	if u.name.Namespace == "" {
+		u.rules = p.policy.Compile(o.annotations)
+	}
+	for r := range u.by {
+		c.accounts[r.accountName()] = struct{}{}
+		r.caller = nil
+		p.decide(c, r)
+	}
+}
+
+// decide sets a pod's caller, if everything that the decision rests on is known: a default would be a guess.
+func (p *Pods) decide(c *change, r *resident) {
+	if !r.serving() {
+		return
+	}
+	c.touch(r.ips...)
+	if r.caller != nil { // decided before; only the pod's status changed
+		if !r.caller.Since.Equal(r.since) {
+			caller := *r.caller
+			caller.Since = r.since
+			r.caller = &caller
+		}
+		return
+	}
+	if r.mirror {
+		r.caller = &proxy.Caller{Pod: r.pod, Since: r.since, Refusal: &proxy.Refusal{
+			Kind: proxy.NoRole, Text: "a static pod has no service account, so it can have no role",
+		}}
+		return
+	}
+	if !r.namespace.known || r.account != nil && !r.account.known {
+		return
+	}
+	s := proxy.Subject{Pod: r.pod, PodAnnotations: r.annotations, ServiceAccountAbsent: true, Namespace: r.namespace.rules}
+	if r.account != nil {
+		s.ServiceAccountAnnotations, s.ServiceAccountAbsent = r.account.annotations, !r.account.present
+	}
+	grant, refusal, conflict := p.policy.Authorize(s)
+	r.caller = &proxy.Caller{Pod: r.pod, Since: r.since, Grant: grant, Refusal: refusal}
+	if conflict != "" && conflict != r.conflict {
+		c.reports = append(c.reports, report{r.pod, false, proxy.EventRoleConflict, conflict})
+	}
+	r.conflict = conflict
+}
+
+// lowerBound is what a time of the pod's status says about when the pod began to use its IP, if it is certain: was and is
+// are the values before and now. A time in the future was written by a clock that is not ours; it says nothing, then or
+// later.
+func lowerBound(was, is, now time.Time) time.Time {
+	floor := is.Truncate(time.Second)
+	if is.Equal(was) || floor.After(now) {
+		return time.Time{}
+	}
+	return floor
+}
+
+func later(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return b
+	}
+	return a
+}

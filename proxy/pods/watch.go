@@ -1,0 +1,248 @@
+package pods
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/go-logr/logr"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/watch"
+	kcache "k8s.io/client-go/tools/cache"
+)
+
+// store is what a reflector fills: no second copy of the objects, no queue, no event lost (a relist replaces everything).
+// O is the API's type, F what is kept of it.
+type store[O runtime.Object, F any] struct {
+	decode   func(O) F
+	changed  func(F)
+	removed  func(F)
+	replaced func([]F)
+	alive    func() // the watch has delivered everything up to now; may be nil
+}
+
+func (s *store[O, F]) facts(o any) (F, error) {
+	switch o := o.(type) {
+	case F:
+		return o, nil
+	case O:
+		return s.decode(o), nil
+	}
+	var none F
+	return none, fmt.Errorf("unexpected object %T", o)
+}
+
+// Transformer lets a watch-list drop what is not kept, object by object.
+func (s *store[O, F]) Transformer() kcache.TransformFunc {
+	return func(o any) (any, error) { return s.facts(o) }
+}
+
+func (s *store[O, F]) Add(o any) error {
+	f, err := s.facts(o)
+	if err == nil {
+		s.changed(f)
+	}
+	return err
+}
+
+func (s *store[O, F]) Update(o any) error { return s.Add(o) }
+
+func (s *store[O, F]) Delete(o any) error {
+	if tombstone, ok := o.(kcache.DeletedFinalStateUnknown); ok {
+		o = tombstone.Obj
+	}
+	f, err := s.facts(o)
+	if err == nil {
+		s.removed(f)
+	}
+	return err
+}
+
+func (s *store[O, F]) Replace(list []any, _ string) error {
+	all := make([]F, 0, len(list))
+	for _, o := range list {
+		f, err := s.facts(o)
+		if err != nil {
+			return err
+		}
+		all = append(all, f)
+	}
+	s.replaced(all)
+	return nil
+}
+
+func (s *store[O, F]) Resync() error { return nil }
+
+func (s *store[O, F]) Bookmark(string) error {
+	if s.alive != nil {
+		s.alive()
+	}
+	return nil
+}
+
+// reflect keeps the store up to date until ctx is done. What client-go does about lost connections, bookmarks and expired
+// resource versions is client-go's; its log lines would be written past ours and name no permission, so they are dropped
+// and errors are logged here.
+func (p *Pods) reflect(ctx context.Context, resource, namespace string, selector fields.Selector, of runtime.Object,
+	into kcache.ReflectorStore, opened func(),
+) {
+	lw := kcache.NewFilteredListWatchFromClient(p.client, resource, namespace, func(o *metav1.ListOptions) {
+		o.FieldSelector = selector.String()
+	})
+	list, open := lw.ListWithContextFunc, lw.WatchFuncWithContext
+	lw.ListWithContextFunc = func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
+		if o.ResourceVersion == "0" && resource != "pods" {
+			// "0" may be answered from the past, and an object missing there would be taken for confirmed absent. For one
+			// object the exact answer is cheap. For pods it is not: API servers before 1.31 read all pods of the cluster.
+			o.ResourceVersion = ""
+		}
+		l, err := list(ctx, o)
+		p.watched(ctx, "list", resource, namespace, selector, err)
+		return l, err
+	}
+	lw.WatchFuncWithContext = func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+		w, err := open(ctx, o)
+		if err == nil && opened != nil {
+			opened()
+		}
+		p.watched(ctx, "watch", resource, namespace, selector, err)
+		if err != nil && o.SendInitialEvents != nil {
+			// After errors that it knows, the reflector would sleep for up to a minute here without looking at its context.
+			// After others it lists, which fails alike, and then waits for either.
+			return nil, errors.New(err.Error())
+		}
+		return w, err
+	}
+	discard := logr.Discard()
+	kcache.NewReflectorWithOptions(lw, of, into, kcache.ReflectorOptions{Name: resource, Logger: &discard}).
+		RunWithContext(logr.NewContext(ctx, discard))
+}
+
+// watched notes how a list or the opening of a watch went.
+func (p *Pods) watched(ctx context.Context, verb, resource, namespace string, selector fields.Selector, err error) {
+	if ctx.Err() != nil {
+		return
+	}
+	what := resource + " with " + selector.String()
+	if namespace != "" {
+		what += " in namespace " + namespace
+	}
+	if err == nil {
+		p.failures.clear(what)
+		return
+	}
+	if errors.Is(err, io.EOF) || apierrors.IsResourceExpired(err) || apierrors.IsGone(err) ||
+		verb == "watch" && (apierrors.IsInvalid(err) || apierrors.IsBadRequest(err)) { // an API server without watch-list: a list follows
+		return
+	}
+	err = explainForbidden(err, verb, resource)
+	if p.failures.note(what, verb+" "+resource+" "+string(apierrors.ReasonForError(err)), fmt.Errorf("%s %s: %w", verb, what, err)) {
+		p.log.Error("cannot follow objects of the API server, will try again",
+			"verb", verb, "resource", resource, "namespace", namespace, "selector", selector.String(), "error", err)
+	}
+}
+
+// contact is what is known about how far behind the pods watch may be.
+type contact struct {
+	last   time.Time // it had delivered everything up to then
+	opened time.Time // the present watch
+	before time.Time // contact.last when it was opened
+}
+
+// catchUp is how long after its opening a watch may still be delivering what happened before.
+const catchUp = 5 * time.Second
+
+// firstSeen is a time, by this node's clock, before which no pod can have existed that a watch tells of now for the first
+// time. Zero if there is none.
+func (c *contact) firstSeen(now time.Time) time.Time {
+	seen := now
+	if now.Sub(c.opened) < catchUp {
+		seen = c.before
+	}
+	if seen.IsZero() {
+		return seen
+	}
+	return seen.Add(-catchUp)
+}
+
+func (p *Pods) followPods(ctx context.Context) {
+	p.reflect(ctx, "pods", metav1.NamespaceAll, p.nodeSelector(), &corev1.Pod{}, &store[*corev1.Pod, facts]{
+		decode: podFacts,
+		changed: func(f facts) {
+			now := time.Now().Round(0)
+			p.update(func(c *change) {
+				p.upsert(c, f, now, p.contact.firstSeen(now))
+				p.contact.last = now
+			})
+		},
+		removed: func(f facts) {
+			now := time.Now().Round(0)
+			p.update(func(c *change) {
+				p.remove(c, p.pods[f.pod.UID])
+				p.contact.last = now
+			})
+		},
+		replaced: func(list []facts) {
+			now := time.Now().Round(0)
+			p.update(func(c *change) { p.replace(c, list, now) })
+		},
+		alive: func() {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			p.contact.last = time.Now().Round(0)
+		},
+	}, func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.contact.opened, p.contact.before = time.Now().Round(0), p.contact.last
+	})
+}
+
+func (p *Pods) followAccount(ctx context.Context, u *used) {
+	follow(ctx, p, "serviceaccounts", u, &corev1.ServiceAccount{}, accountFacts)
+}
+
+func (p *Pods) followNamespace(ctx context.Context, u *used) {
+	follow(ctx, p, "namespaces", u, &corev1.Namespace{}, namespaceFacts)
+}
+
+// follow watches the one object that u stands for.
+func follow[O interface {
+	runtime.Object
+	metav1.Object
+}](ctx context.Context, p *Pods, resource string, u *used, of O, decode func(O) object) {
+	set := func(o object) { p.update(func(c *change) { p.seen(c, u, o) }) }
+	type named struct {
+		object
+		name, namespace string
+	}
+	ours := func(n named) bool { return n.name == u.name.Name && n.namespace == u.name.Namespace }
+	p.reflect(ctx, resource, u.name.Namespace, fields.OneTermEqualSelector(metav1.ObjectNameField, u.name.Name), of, &store[O, named]{
+		decode: func(o O) named { return named{decode(o), o.GetName(), o.GetNamespace()} },
+		changed: func(n named) {
+			if ours(n) {
+				set(n.object)
+			}
+		},
+		removed: func(n named) {
+			if ours(n) {
+				set(object{})
+			}
+		},
+		replaced: func(list []named) {
+			var now object
+			for _, n := range list {
+				if ours(n) {
+					now = n.object
+				}
+			}
+			set(now)
+		},
+	}, nil)
+}
