@@ -1,0 +1,108 @@
+package iptables
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// owner decides which of two instances on a node repairs the rules: the one whose generation stands in the state directory.
+// Whoever changes rules holds the lock, so the old instance cannot undo what the new one is doing.
+type owner struct {
+	dir        string        // empty: nobody else is here
+	generation atomic.Uint64 // of the last instance that this one knows of; its own after take
+}
+
+const (
+	lockFile       = "rules.lock"
+	generationFile = "rules.generation"
+)
+
+// errSuperseded: another instance has taken the rules over.
+var errSuperseded = errors.New("another instance has taken over the rules")
+
+// locked runs change while no other instance touches the rules.
+func (o *owner) locked(ctx context.Context, change func() error) error {
+	if o.dir == "" {
+		return change()
+	}
+	f, err := os.OpenFile(filepath.Join(o.dir, lockFile), os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return fmt.Errorf("lock the rules: %w: -state-dir must be a writable directory of the node, or empty", err)
+	}
+	defer f.Close()
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return change()
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			return fmt.Errorf("lock the rules: %w", err)
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("lock the rules: %w", ctx.Err())
+		case <-time.After(20 * time.Millisecond): // flock cannot be waited for with a context
+		}
+	}
+}
+
+// read returns the generation of the present owner; 0 if nobody has ever been.
+func (o *owner) read() (uint64, error) {
+	b, err := os.ReadFile(filepath.Join(o.dir, generationFile))
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("read the owner of the rules: %w", err)
+	}
+	n, err := strconv.ParseUint(string(bytes.TrimSpace(b)), 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("read the owner of the rules: %w", err)
+	}
+	return n, nil
+}
+
+// take makes this instance the owner. The caller holds the lock.
+func (o *owner) take() error {
+	if o.dir == "" {
+		return nil
+	}
+	n, err := o.read()
+	if err != nil {
+		n = uint64(time.Now().UnixNano()) // unreadable: any number that nobody else holds
+	}
+	n = max(n, o.generation.Load()) + 1
+	path := filepath.Join(o.dir, generationFile)
+	if err := os.WriteFile(path+".new", strconv.AppendUint(nil, n, 10), 0o600); err != nil {
+		return fmt.Errorf("take over the rules: %w", err)
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		return fmt.Errorf("take over the rules: %w", err)
+	}
+	o.generation.Store(n)
+	return nil
+}
+
+// check returns errSuperseded once an instance that was unknown so far has taken over. A lost file changes nothing.
+func (o *owner) check() error {
+	if o.dir == "" {
+		return nil
+	}
+	n, err := o.read()
+	if err != nil {
+		return err
+	}
+	if n > o.generation.Load() {
+		return errSuperseded
+	}
+	return nil
+}
