@@ -1,0 +1,61 @@
+package proxy
+
+import (
+	"context"
+	"net"
+	"net/http"
+	"net/netip"
+	"time"
+)
+
+type peerKey struct{}
+
+// withPeer notes once per connection who is at its other end. This is the whole of the caller's identity: the kernel of
+// the node vouches for the source address (the redirect's INPUT rule admits only connections that were redirected here),
+// and nothing that the client writes can change it. X-Forwarded-For and its like are never read for identity.
+func withPeer(ctx context.Context, c net.Conn) context.Context {
+	return context.WithValue(ctx, peerKey{}, addrOf(c.RemoteAddr()))
+}
+
+// peer is the source address of the request's connection, unmapped. RemoteAddr is net/http's copy of the same address,
+// for handlers that run without Serve.
+func peer(r *http.Request) netip.Addr {
+	if ip, ok := r.Context().Value(peerKey{}).(netip.Addr); ok {
+		return ip
+	}
+	ap, err := netip.ParseAddrPort(r.RemoteAddr)
+	if err != nil {
+		return netip.Addr{}
+	}
+	return ap.Addr().Unmap()
+}
+
+func addrOf(a net.Addr) netip.Addr {
+	if tcp, ok := a.(*net.TCPAddr); ok {
+		return tcp.AddrPort().Addr().Unmap()
+	}
+	ap, err := netip.ParseAddrPort(a.String())
+	if err != nil {
+		return netip.Addr{}
+	}
+	return ap.Addr().Unmap()
+}
+
+// identify looks up anew for every request who holds the source IP, and waits for it if need be. held says that it waited.
+func (q request) identify() (c *Caller, held bool, err error) {
+	c, err = q.s.callers.Find(q.ip)
+	if err == nil {
+		return c, false, nil
+	}
+	ctx, cancel := q.context()
+	defer cancel()
+	start := time.Now()
+	c, err = q.s.callers.Wait(ctx, q.ip)
+	q.s.metrics.identifyWait.Observe(time.Since(start).Seconds())
+	return c, true, err
+}
+
+// context ends with the request's one deadline, or when the client leaves.
+func (q request) context() (context.Context, context.CancelFunc) {
+	return context.WithDeadline(q.r.Context(), q.start.Add(q.s.hold))
+}
