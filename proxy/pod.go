@@ -36,9 +36,9 @@ type RefusalKind int
 
 // The kinds of refusal.
 const (
-	NoRole RefusalKind = iota // nothing names a role: 404
-	Denied                    // the namespace's policy does not permit the role: 403
-	Invalid                   // an annotation cannot be used: 403
+	NoRole  RefusalKind = iota // nothing names a role: 404
+	Denied                     // the namespace's policy does not permit the role: 403
+	Invalid                    // an annotation cannot be used: 403
 )
 
 // Refusal says why a known pod gets no credentials. Its text names the fix and is shown to that pod and in an Event.
