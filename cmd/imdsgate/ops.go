@@ -1,0 +1,228 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/pprof"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// serveOps starts the operator's listeners: ops, debug and the probe socket. Each is a server of its own; none shares the
+// pod-facing port.
+func (d *daemon) serveOps(ctx context.Context, task func(context.Context, string, func(context.Context) error)) {
+	ops := d.opsHandler()
+	serve := func(name, network, addr string, h http.Handler) {
+		if addr == "" {
+			return
+		}
+		task(ctx, "serve "+name, func(ctx context.Context) error { return d.serveHTTP(ctx, name, network, addr, h) })
+	}
+	serve("ops", "tcp", d.config.OpsAddr, ops)
+	serve("debug", "tcp", d.config.DebugAddr, d.debugHandler())
+	serve("probes", "unix", d.config.ProbeSocket, ops)
+}
+
+// serveHTTP serves until ctx is done. While the address is taken, by the instance that this one replaces, it tries again: the
+// port is not worth an exit, pods are served without it.
+func (d *daemon) serveHTTP(ctx context.Context, name, network, addr string, h http.Handler) error {
+	l, err := d.bindOps(ctx, name, network, addr)
+	if l == nil || err != nil {
+		return err
+	}
+	s := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, MaxHeaderBytes: 16 << 10}
+	stopped := make(chan struct{})
+	defer context.AfterFunc(ctx, func() {
+		defer close(stopped)
+		end, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTime)
+		defer cancel()
+		_ = s.Shutdown(end)
+	})()
+	if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	<-stopped
+	return nil
+}
+
+// bindOps returns nil without an error when there is no use in trying: then the reason is logged.
+func (d *daemon) bindOps(ctx context.Context, name, network, addr string) (net.Listener, error) {
+	if network == "unix" {
+		if err := os.MkdirAll(filepath.Dir(addr), 0o700); err != nil {
+			d.log.Warn("no probe socket: imdsgate -probe will fail; set -probe-socket to a file in a writable volume", "error", err.Error())
+			<-ctx.Done()
+			return nil, nil
+		}
+		_ = os.Remove(addr) // of an instance that was killed; the volume is this pod's own
+	}
+	var lc net.ListenConfig
+	said := false
+	for {
+		l, err := lc.Listen(ctx, network, addr)
+		if err == nil {
+			d.log.Info("listening", "address", l.Addr().String(), "for", name)
+			return l, nil
+		}
+		if !errors.Is(err, syscall.EADDRINUSE) {
+			return nil, fmt.Errorf("listen: %w (set -%s-addr)", err, name)
+		}
+		if !said {
+			said = true
+			d.log.Warn("address taken, trying until it is free", "for", name, "address", addr, "error", err.Error())
+		}
+		select {
+		case <-ctx.Done():
+			return nil, nil
+		case <-time.After(time.Second):
+		}
+	}
+}
+
+func (d *daemon) opsHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(d.metrics, promhttp.HandlerOpts{Registry: d.metrics}))
+	mux.HandleFunc("GET /healthz", answer(d.healthy))
+	mux.HandleFunc("GET /readyz", answer(d.ready))
+	return mux
+}
+
+// answer is 200 ok or 503 with what is missing.
+func answer(check func(context.Context) error) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		if err := check(r.Context()); err != nil {
+			w.WriteHeader(http.StatusServiceUnavailable)
+			fmt.Fprintln(w, err)
+			return
+		}
+		fmt.Fprintln(w, "ok")
+	}
+}
+
+// healthy is liveness: our own request path answers. Never STS, the API server or the real endpoint: restarting would mend none
+// of them, and kube2iam was killed for each of their hiccups.
+func (d *daemon) healthy(ctx context.Context) error {
+	r, err := http.NewRequestWithContext(ctx, http.MethodPut, "/latest/api/token", nil)
+	if err != nil {
+		return err
+	}
+	r.RequestURI, r.RemoteAddr = r.URL.Path, "127.0.0.1:1"
+	r.Header.Set("X-Aws-Ec2-Metadata-Token-Ttl-Seconds", "1")
+	code := make(chan int, 1)
+	go func() {
+		w := statusWriter{header: http.Header{}}
+		d.server.Handler().ServeHTTP(&w, r)
+		code <- w.status
+	}()
+	select {
+	case c := <-code:
+		if c != http.StatusOK {
+			return fmt.Errorf("the token endpoint answers %d", c)
+		}
+		return nil
+	case <-time.After(time.Second):
+		return errors.New("the token endpoint does not answer")
+	}
+}
+
+// statusWriter keeps the status of an answer alone.
+type statusWriter struct {
+	header http.Header
+	status int
+}
+
+func (w *statusWriter) Header() http.Header { return w.header }
+
+func (w *statusWriter) WriteHeader(status int) { w.status = status }
+
+func (w *statusWriter) Write(b []byte) (int, error) {
+	if w.status == 0 {
+		w.status = http.StatusOK
+	}
+	return len(b), nil
+}
+
+// ready: pods are known and the rules are whole.
+func (d *daemon) ready(context.Context) error {
+	var errs []error
+	if !d.pods.Synced() {
+		errs = append(errs, errors.New("the pods of this node are not known yet"))
+	}
+	if d.config.Redirect != "none" || d.config.Guard {
+		errs = append(errs, d.rules.Verified())
+	}
+	return errors.Join(errs...)
+}
+
+// debugHandler shows what the daemon decided, never a secret.
+func (d *daemon) debugHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /debug/pods", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		enc := json.NewEncoder(w)
+		enc.SetIndent("", "  ")
+		_ = enc.Encode(d.pods.All())
+	})
+	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		fmt.Fprintf(w, "imdsgate %s on %s\n", version(), d.config.Node)
+		if err := d.ready(r.Context()); err != nil {
+			fmt.Fprintf(w, "not ready: %v\n", err)
+		} else {
+			fmt.Fprintln(w, "ready")
+		}
+		for _, p := range d.pods.All() {
+			writeExplanation(w, p)
+		}
+	})
+	if d.config.Pprof {
+		mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+		mux.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
+		mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+		mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
+		mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+	}
+	return mux
+}
+
+// probe asks the running instance over its socket.
+func probe(ctx context.Context, c *Config, stdout io.Writer) error {
+	path := "/readyz"
+	switch {
+	case len(c.Args) == 1 && c.Args[0] == "health":
+		path = "/healthz"
+	case len(c.Args) > 1 || len(c.Args) == 1 && c.Args[0] != "ready":
+		return usageError{fmt.Errorf("-probe takes health or ready, not %q", c.Args)}
+	}
+	client := http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", c.ProbeSocket)
+		},
+	}}
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://imdsgate"+path, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := client.Do(r)
+	if err != nil {
+		return fmt.Errorf("no instance answers at %s (-probe-socket): %w", c.ProbeSocket, err)
+	}
+	defer resp.Body.Close()
+	if _, err := io.Copy(stdout, io.LimitReader(resp.Body, 4<<10)); err != nil {
+		return fmt.Errorf("read the answer: %w", err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		return errFindings
+	}
+	return nil
+}

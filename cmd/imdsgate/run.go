@@ -1,0 +1,368 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"runtime/debug"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"golang.org/x/sync/errgroup"
+	"k8s.io/klog/v2"
+
+	"github.com/imdsgate/imdsgate/cache"
+	"github.com/imdsgate/imdsgate/cache/sts"
+	"github.com/imdsgate/imdsgate/iptables"
+	"github.com/imdsgate/imdsgate/proxy"
+	"github.com/imdsgate/imdsgate/proxy/pods"
+)
+
+// errFindings ends -check and -probe with exit code 1: what is wrong has been printed.
+var errFindings = errors.New("findings")
+
+// usageError ends with exit code 2.
+type usageError struct{ error }
+
+func (e usageError) Unwrap() error { return e.error }
+
+// exitCode prints err, unless it has been said already, and maps it: 0 done, 1 failed, 2 wrong usage.
+func exitCode(err error, stderr io.Writer) int {
+	switch {
+	case err == nil, errors.Is(err, flag.ErrHelp):
+		return 0
+	case errors.Is(err, errFindings):
+		return 1
+	}
+	fmt.Fprintln(stderr, "imdsgate:", err)
+	if errors.As(err, new(usageError)) {
+		return 2
+	}
+	return 1
+}
+
+// run is the whole program. It is the only place where the parts are joined.
+func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
+	return app{stdout: stdout, stderr: stderr, closeEndpoint: closeEndpoint}.run(ctx, args, getenv)
+}
+
+// app holds what tests replace: a unit test must not touch the routing rules of the machine it runs on.
+type app struct {
+	stdout, stderr io.Writer
+	closeEndpoint  func(ctx context.Context, c *Config, log *slog.Logger) error
+}
+
+func (a app) run(ctx context.Context, args []string, getenv func(string) string) error {
+	c, err := parseConfig(args, getenv, a.stdout)
+	if errors.Is(err, flag.ErrHelp) {
+		return err
+	}
+	switch {
+	case c.Version:
+		fmt.Fprintln(a.stdout, "imdsgate", version())
+		return err
+	case c.Probe && err == nil:
+		return probe(ctx, c, a.stdout)
+	case c.Cleanup && err == nil:
+		return cleanup(ctx, c, a.stdout, newLogger(c, a.stderr))
+	case c.Check && err == nil:
+		return check(ctx, c, a.stdout)
+	}
+	err = errors.Join(err, c.Validate())
+	log := newLogger(c, a.stderr)
+	// Before anything that can fail: a node whose daemon cannot start must refuse its pods the real endpoint, so even a wrong
+	// flag closes it. Nothing but -cleanup opens it again.
+	if gerr := a.closeEndpoint(ctx, c, log); gerr != nil {
+		return errors.Join(err, gerr)
+	}
+	if err != nil {
+		return usageError{err}
+	}
+	return serve(ctx, c, log)
+}
+
+// closeEndpoint installs the guard.
+func closeEndpoint(ctx context.Context, c *Config, log *slog.Logger) error {
+	if !c.Guard {
+		return nil
+	}
+	rules, err := iptables.New(c.rules(log, prometheus.NewRegistry()))
+	if err != nil {
+		return err
+	}
+	return rules.EnsureGuard(ctx)
+}
+
+func (c *Config) rules(log *slog.Logger, metrics prometheus.Registerer) iptables.Options {
+	return iptables.Options{
+		Guard: c.Guard, GuardPriority: c.GuardPriority, Interface: c.Interface, StateDir: c.StateDir,
+		Log: log, Metrics: metrics,
+	}
+}
+
+// daemon is the object graph of one serving instance.
+type daemon struct {
+	config  *Config
+	log     *slog.Logger
+	metrics *prometheus.Registry
+	rules   *iptables.Rules
+	pods    *pods.Pods
+	cache   *cache.Cache
+	server  *proxy.Server
+}
+
+func newDaemon(ctx context.Context, c *Config, log *slog.Logger) (*daemon, error) {
+	d := &daemon{config: c, log: log, metrics: newRegistry()}
+	var err error
+	if d.rules, err = iptables.New(c.rules(log, d.metrics)); err != nil {
+		return nil, err
+	}
+	tokenKey, err := proxy.LoadTokenKey(c.StateDir)
+	if err != nil {
+		return nil, fmt.Errorf("load the session token key: %w (-state-dir)", err)
+	}
+	kube, err := pods.LoadConfig(c.Kubeconfig)
+	if err != nil {
+		return nil, err
+	}
+	policy := c.Policy
+	issuer, err := newIssuer(ctx, c, &policy, func(ctx context.Context, namespace, serviceAccount, audience string) (string, error) {
+		return d.pods.Token(ctx, namespace, serviceAccount, audience)
+	}, log, d.metrics)
+	if err != nil {
+		return nil, err
+	}
+	d.pods, err = pods.New(pods.Options{
+		Config: kube, Node: c.Node, Policy: &policy, Log: log, Metrics: d.metrics,
+		OnChange: func(namespace, serviceAccount string) {
+			d.cache.Retry(namespace, serviceAccount)
+			d.cache.Wake()
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
+	d.cache = cache.New(cache.Options{
+		Issuer: issuer, Live: d.pods.Live, Encode: proxy.Encode, Rate: c.STSRate, Log: log, Metrics: d.metrics,
+	})
+	d.server, err = proxy.NewServer(proxy.Options{
+		Callers: d.pods, Credentials: d.cache, Reports: d.pods, TokenKey: tokenKey, IMDSv1: c.IMDSv1,
+		Hold: c.IdentifyTimeout, MetadataAddr: c.MetadataAddr, Allow: c.Allow, Log: log, Metrics: d.metrics,
+	})
+	return d, err
+}
+
+// newIssuer makes the issuer and completes the policy with what only the node knows.
+func newIssuer(ctx context.Context, c *Config, policy *proxy.Policy, token tokenFunc, log *slog.Logger, metrics prometheus.Registerer) (*sts.STS, error) {
+	issuer, err := sts.New(ctx, sts.Options{
+		WebIdentity: policy.Issuer == proxy.IssuerWebIdentity, Tokens: token,
+		IntermediateRoleARN: c.IntermediateRoleARN, NodeSessionName: "imdsgate@" + c.Node,
+		Log: log, Metrics: metrics,
+	})
+	if err != nil {
+		return nil, err
+	}
+	if policy.BaseRoleARN == "auto" {
+		if policy.BaseRoleARN, err = issuer.BaseRoleARN(ctx); err != nil {
+			return nil, fmt.Errorf("-base-role-arn auto: %w", err)
+		}
+		log.InfoContext(ctx, "base role ARN found", "base_role_arn", policy.BaseRoleARN)
+	}
+	return issuer, policy.Validate()
+}
+
+// tokenFunc is a function as an sts.TokenSource: the issuer is made before the pods whose tokens it needs.
+type tokenFunc func(ctx context.Context, namespace, serviceAccount, audience string) (string, error)
+
+func (t tokenFunc) Token(ctx context.Context, namespace, serviceAccount, audience string) (string, error) {
+	return t(ctx, namespace, serviceAccount, audience)
+}
+
+// serve runs the daemon until ctx is done. The order is construct, bind, redirect, sync, ready (the guard is in place). What it
+// leaves behind on every way out are the rules: pods are refused, never let through.
+func serve(ctx context.Context, c *Config, log *slog.Logger) error {
+	d, err := newDaemon(ctx, c, log)
+	if err != nil {
+		return err
+	}
+	listeners, second, err := listen(ctx, c.HostIPs, c.Port)
+	if err != nil {
+		return err
+	}
+	for _, l := range listeners {
+		log.Info("listening", "address", l.Addr().String(), "another_instance", second)
+	}
+
+	// Whatever answers pods goes on until the server has drained: a request accepted during the drain still needs its pod and
+	// credentials. So only the server hears ctx; the rest ends after it.
+	rest, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	g, rest := errgroup.WithContext(rest)
+	task := func(ctx context.Context, name string, run func(context.Context) error) {
+		g.Go(func() error {
+			err := run(ctx)
+			if ctx.Err() != nil && (err == nil || errors.Is(err, context.Canceled)) {
+				return nil
+			}
+			if err == nil {
+				err = errors.New("ended by itself")
+			}
+			return fmt.Errorf("%s: %w", name, err)
+		})
+	}
+	serving, stop := context.WithCancel(rest)
+	defer stop()
+	defer context.AfterFunc(ctx, func() {
+		log.Info("stopping: pods are refused the endpoint until an instance runs again; the rules stay")
+		stop()
+	})()
+
+	task(rest, "watch the pods", d.pods.Run)
+	task(rest, "issue credentials", d.cache.Run)
+	task(rest, "keep the rules", d.keepRules(listeners, second))
+	g.Go(func() error {
+		defer end()
+		if err := d.server.Serve(serving, listeners...); err != nil && serving.Err() == nil {
+			return fmt.Errorf("serve pods: %w", err)
+		}
+		return nil
+	})
+	d.serveOps(rest, task)
+	return g.Wait()
+}
+
+// keepRules returns the task that sends pods here and keeps it so. A second instance on the node (an update) waits until it
+// could answer before it takes over from the first: until then no request is refused.
+func (d *daemon) keepRules(listeners []net.Listener, second bool) func(context.Context) error {
+	return func(ctx context.Context) error {
+		if d.config.Redirect == "none" {
+			if !d.config.Guard {
+				<-ctx.Done()
+				return nil
+			}
+			return d.rules.Run(ctx)
+		}
+		if second {
+			if err := d.pods.WaitSynced(ctx); err != nil {
+				return err
+			}
+		}
+		var to []netip.AddrPort
+		for _, l := range listeners {
+			to = append(to, l.Addr().(*net.TCPAddr).AddrPort())
+		}
+		if err := d.rules.EnsureRedirect(ctx, to); err != nil {
+			return err
+		}
+		return d.rules.Run(ctx)
+	}
+}
+
+// listen binds port on every address or, where another instance holds it, the next one. second says that there is another
+// instance: one of the two ports was taken. No SO_REUSEPORT: closing one of two such listeners loses connections.
+func listen(ctx context.Context, ips []netip.Addr, port int) (listeners []net.Listener, second bool, err error) {
+	bind := func(port int) (ls []net.Listener, err error) {
+		for _, ip := range ips {
+			var lc net.ListenConfig
+			l, err := lc.Listen(ctx, "tcp", netip.AddrPortFrom(ip, uint16(port)).String())
+			if err != nil {
+				for _, l := range ls {
+					l.Close()
+				}
+				if errors.Is(err, syscall.EADDRNOTAVAIL) {
+					err = fmt.Errorf("%w: -host-ip (or HOST_IP) must be an address of this node", err)
+				}
+				return nil, fmt.Errorf("listen for pods: %w", err)
+			}
+			ls = append(ls, l)
+		}
+		return ls, nil
+	}
+	first, err := bind(port)
+	if err != nil && !errors.Is(err, syscall.EADDRINUSE) {
+		return nil, false, err
+	}
+	next, nextErr := bind(port + 1)
+	switch {
+	case err == nil && nextErr == nil:
+		for _, l := range next {
+			l.Close()
+		}
+		return first, false, nil
+	case err == nil:
+		return first, errors.Is(nextErr, syscall.EADDRINUSE), nil
+	case nextErr == nil:
+		return next, true, nil
+	}
+	return nil, false, fmt.Errorf("ports %d and %d are both taken: end the other program or set -port: %w", port, port+1, errors.Join(err, nextErr))
+}
+
+func cleanup(ctx context.Context, c *Config, stdout io.Writer, log *slog.Logger) error {
+	rules, err := iptables.New(c.rules(log, prometheus.NewRegistry()))
+	if err != nil {
+		return err
+	}
+	if err := rules.Remove(ctx); err != nil {
+		return fmt.Errorf("remove the rules: %w", err)
+	}
+	fmt.Fprintln(stdout, "every rule of imdsgate is gone from this node: pods reach the real metadata endpoint again, and the node's own role with it")
+	return nil
+}
+
+func newLogger(c *Config, w io.Writer) *slog.Logger {
+	o := &slog.HandlerOptions{Level: c.LogLevel}
+	var h slog.Handler = slog.NewJSONHandler(w, o)
+	if c.LogFormat == "text" {
+		h = slog.NewTextHandler(w, o)
+	}
+	log := slog.New(h)
+	klog.SetSlogLogger(log.With("component", "client-go"))
+	return log
+}
+
+func newRegistry() *prometheus.Registry {
+	r := prometheus.NewRegistry()
+	info := prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "imdsgate_build_info", Help: "Always 1; the labels say what runs.",
+	}, []string{"version", "goversion"})
+	v := version()
+	bi, _ := debug.ReadBuildInfo()
+	info.WithLabelValues(v, bi.GoVersion).Set(1)
+	r.MustRegister(info, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return r
+}
+
+// version is the module version, or the commit it was built from.
+func version() string {
+	bi, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	v, dirty := bi.Main.Version, ""
+	if v != "" && v != "(devel)" {
+		return v
+	}
+	v = "devel"
+	for _, s := range bi.Settings {
+		switch {
+		case s.Key == "vcs.revision" && len(s.Value) >= 12:
+			v = "devel-" + s.Value[:12]
+		case s.Key == "vcs.modified":
+			if m, _ := strconv.ParseBool(s.Value); m {
+				dirty = "+dirty"
+			}
+		}
+	}
+	return v + dirty
+}
+
+// shutdownTime bounds how long the ops listeners may take to end.
+const shutdownTime = time.Second
