@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"time"
 )
@@ -25,14 +26,15 @@ type Key struct {
 type Tags struct{ ClusterName, Namespace, ServiceAccount string }
 
 // Credentials are one role session. They are immutable and safe for concurrent use. Neither fmt nor slog nor encoding/json
-// can reach the secret parts (invariant 9): they live behind a pointer of an unexported type, also where a Credentials is
-// an unexported field of another struct, whose methods fmt would not call.
+// can reach the secret parts (invariant 9), also where a Credentials is an unexported field of another struct, whose methods
+// fmt does not call.
 type Credentials struct {
 	AccessKeyID string
 	Issued      time.Time // by this node's clocks, when the answer came
 	Expires     time.Time // by STS's clock
 	RequestID   string    // of the STS answer, for the audit line
-	secret      *secret
+	// Behind two pointers: of an unexported field fmt follows one when a verb does not fit, as in %s, and prints all of it.
+	secret **secret
 }
 
 type secret struct {
@@ -42,10 +44,17 @@ type secret struct {
 
 // NewCredentials returns Credentials that hold the two secrets.
 func NewCredentials(accessKeyID, secretAccessKey, sessionToken string, issued, expires time.Time) Credentials {
-	return Credentials{
-		AccessKeyID: accessKeyID, Issued: issued, Expires: expires,
-		secret: &secret{secretAccessKey: secretAccessKey, sessionToken: sessionToken},
-	}
+	s := &secret{secretAccessKey: secretAccessKey, sessionToken: sessionToken}
+	return Credentials{AccessKeyID: accessKeyID, Issued: issued, Expires: expires, secret: &s}
+}
+
+// withDocument is c with a document.
+func (c Credentials) withDocument(document []byte) Credentials {
+	s := **c.secret
+	s.document = document
+	p := &s
+	c.secret = &p
+	return c
 }
 
 // SecretAccessKey is the signing key.
@@ -53,7 +62,7 @@ func (c Credentials) SecretAccessKey() string {
 	if c.secret == nil {
 		return ""
 	}
-	return c.secret.secretAccessKey
+	return (*c.secret).secretAccessKey
 }
 
 // SessionToken goes with every request signed with the key.
@@ -61,7 +70,7 @@ func (c Credentials) SessionToken() string {
 	if c.secret == nil {
 		return ""
 	}
-	return c.secret.sessionToken
+	return (*c.secret).sessionToken
 }
 
 // Document is what Options.Encode made of the credentials when they were issued. The caller must not change it.
@@ -69,7 +78,7 @@ func (c Credentials) Document() []byte {
 	if c.secret == nil {
 		return nil
 	}
-	return c.secret.document
+	return (*c.secret).document
 }
 
 // String names the credentials without telling them.
@@ -85,10 +94,8 @@ func (c Credentials) LogValue() slog.Value {
 	return slog.GroupValue(slog.String("access_key_id", c.AccessKeyID), slog.Time("expires", c.Expires.UTC()))
 }
 
-func (secret) String() string               { return "[redacted]" }
-func (secret) GoString() string             { return "[redacted]" }
-func (secret) LogValue() slog.Value         { return slog.StringValue("[redacted]") }
-func (secret) MarshalText() ([]byte, error) { return []byte("[redacted]"), nil }
+// Format prints nothing of a secret for any verb.
+func (secret) Format(s fmt.State, _ rune) { _, _ = io.WriteString(s, "[redacted]") }
 
 // Issuer makes a new role session for a key. It returns an *IssueError when STS refused or could not be reached. Issue is
 // called with a context of the cache's own, never a request's (invariant 3).

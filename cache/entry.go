@@ -50,10 +50,8 @@ func newValue(creds Credentials, duration time.Duration, now time.Time, encode f
 	if creds.Issued.IsZero() {
 		creds.Issued = now
 	}
-	s := *creds.secret
-	creds.secret = &s
 	if encode != nil {
-		s.document = encode(creds)
+		creds = creds.withDocument(encode(creds))
 	}
 	age := jittered(life/2, rand.Float64())
 	return &value{
