@@ -16,7 +16,7 @@ help:
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## bin/imdsgate: static, version from build info
-	CGO_ENABLED=0 go build -trimpath -o bin/imdsgate ./cmd/imdsgate
+	CGO_ENABLED=0 go build -trimpath -buildvcs=auto -o bin/imdsgate ./cmd/imdsgate
 
 demo: deps build ## the two scenarios of the README by the AWS CLI in pods of a lab node (root)
 	cd e2e && go run ./demo

@@ -9,8 +9,9 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"runtime"
 	"runtime/debug"
-	"strconv"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -117,6 +118,8 @@ type daemon struct {
 	pods    *pods.Pods
 	cache   *cache.Cache
 	server  *proxy.Server
+	// redirected is set once pods are sent here. A second instance is not ready before: the first would be ended too soon.
+	redirected atomic.Bool
 }
 
 func newDaemon(ctx context.Context, c *Config, log *slog.Logger) (*daemon, error) {
@@ -262,6 +265,7 @@ func (d *daemon) keepRules(listeners []net.Listener, second bool) func(context.C
 		if err := d.rules.EnsureRedirect(ctx, to); err != nil {
 			return err
 		}
+		d.redirected.Store(true)
 		return d.rules.Run(ctx)
 	}
 }
@@ -333,35 +337,17 @@ func newRegistry() *prometheus.Registry {
 	info := prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "imdsgate_build_info", Help: "Always 1; the labels say what runs.",
 	}, []string{"version", "goversion"})
-	v := version()
-	bi, _ := debug.ReadBuildInfo()
-	info.WithLabelValues(v, bi.GoVersion).Set(1)
+	info.WithLabelValues(version(), runtime.Version()).Set(1)
 	r.MustRegister(info, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return r
 }
 
-// version is the module version, or the commit it was built from.
+// version is the module's, which the go command makes of the tag or the commit it builds from.
 func version() string {
-	bi, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
+	if bi, ok := debug.ReadBuildInfo(); ok && bi.Main.Version != "" {
+		return bi.Main.Version
 	}
-	v, dirty := bi.Main.Version, ""
-	if v != "" && v != "(devel)" {
-		return v
-	}
-	v = "devel"
-	for _, s := range bi.Settings {
-		switch {
-		case s.Key == "vcs.revision" && len(s.Value) >= 12:
-			v = "devel-" + s.Value[:12]
-		case s.Key == "vcs.modified":
-			if m, _ := strconv.ParseBool(s.Value); m {
-				dirty = "+dirty"
-			}
-		}
-	}
-	return v + dirty
+	return "(devel)"
 }
 
 // shutdownTime bounds how long the ops listeners may take to end.
