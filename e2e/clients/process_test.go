@@ -35,63 +35,36 @@ type process struct {
 	stderr bytes.Buffer
 }
 
-// start runs a program; enter calls a function on a thread in the program's network namespace.
-func start(enter func(func() error) error, argv, env []string) (*process, error) {
-	p := &process{cmd: exec.Command(argv[0], argv[1:]...)}
-	p.cmd.Env = env
-	p.cmd.Dir = "/"
-	p.cmd.Stderr = &p.stderr
+// start runs a program of the command line and environment that cmd has. with calls its argument on
+// a thread from which the program inherits what cmd does not say; nil is any thread.
+func start(cmd *exec.Cmd, with func(func() error) error) (*process, error) {
+	p := &process{cmd: cmd}
+	cmd.Stderr = &p.stderr
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{}
+	}
 	// A group of its own: a program that hangs may leave the client it started behind.
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.SysProcAttr.Setpgid = true
+	cmd.Env = append([]string{fmt.Sprintf("FETCH_TIMEOUT=%g", fetchTimeout.Seconds())}, cmd.Env...)
 	var err error
-	if p.stdin, err = p.cmd.StdinPipe(); err != nil {
+	if p.stdin, err = cmd.StdinPipe(); err != nil {
 		return nil, err
 	}
-	stdout, err := p.cmd.StdoutPipe()
+	stdout, err := cmd.StdoutPipe()
 	if err != nil {
 		return nil, err
 	}
 	p.out = bufio.NewScanner(stdout)
-	if err := enter(p.cmd.Start); err != nil {
-		return nil, fmt.Errorf("start %s: %w", argv[0], err)
+	if with == nil {
+		with = func(f func() error) error { return f() }
+	}
+	if err := with(cmd.Start); err != nil {
+		return nil, fmt.Errorf("start %s: %w", cmd.Path, err)
 	}
 	return p, nil
 }
 
-// environment is that of a program which knows nothing about credentials. home is empty.
-func environment(home string, more ...string) []string {
-	return append([]string{
-		"PATH=/usr/bin:/bin", "HOME=" + home, "LANG=C.UTF-8", "PYTHONDONTWRITEBYTECODE=1",
-		"AWS_REGION=us-east-1", "AWS_DEFAULT_REGION=us-east-1",
-		fmt.Sprintf("FETCH_TIMEOUT=%g", fetchTimeout.Seconds()),
-	}, more...)
-}
-
-// run lets the program fetch that many times and end; between is called before each fetch but the
-// first. What the program printed is returned with an error, too.
-func (p *process) run(fetches int, between func() error) (rs []result, err error) {
-	for i := range fetches {
-		if i > 0 {
-			if between != nil {
-				if err := between(); err != nil {
-					p.kill()
-					return rs, errors.Join(err, p.wait())
-				}
-			}
-			if err := p.again(); err != nil {
-				return rs, errors.Join(err, p.wait())
-			}
-		}
-		r, err := p.next()
-		if err != nil {
-			return rs, err
-		}
-		rs = append(rs, r)
-	}
-	return rs, p.end()
-}
-
-// next returns the line about the fetch under way, and an error if the program died or hung.
+// next returns the line about the fetch under way, and an error if the program died.
 func (p *process) next() (result, error) {
 	// The program watches its own fetch; this is for one that cannot even do that.
 	stop := time.AfterFunc(fetchTimeout+15*time.Second, p.kill)
@@ -106,10 +79,12 @@ func (p *process) next() (result, error) {
 	return r, nil
 }
 
-// again asks for another fetch.
-func (p *process) again() error {
-	_, err := io.WriteString(p.stdin, "\n")
-	return err
+// again asks for another fetch and returns the line about it.
+func (p *process) again() (result, error) {
+	if _, err := io.WriteString(p.stdin, "\n"); err != nil {
+		return result{}, fmt.Errorf("died before its next fetch: %w", errors.Join(err, p.wait()))
+	}
+	return p.next()
 }
 
 // end closes the program's stdin and returns how it ended, nil being status 0.

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"net/textproto"
+	"os/exec"
 	"regexp"
 	"runtime"
 	"strings"
@@ -65,8 +66,8 @@ func onThread(f func() error) error {
 }
 
 // scripted runs one program against a script and returns what it said about each fetch and what was
-// on the wire.
-func scripted(c client, argv, env []string, fetches int, script func(string, string, textproto.MIMEHeader) answer) ([]result, []exchange, error) {
+// on the wire. The environment is that of a program which knows nothing about credentials, and env.
+func scripted(t *testing.T, argv, env []string, fetches int, script func(string, string, textproto.MIMEHeader) answer) ([]result, []exchange, error) {
 	a, err := newAlone()
 	if err != nil {
 		return nil, nil, err
@@ -93,11 +94,20 @@ func scripted(c client, argv, env []string, fetches int, script func(string, str
 			defer l.Close()
 			go serve(l, script)
 		}
-		p, err := start(a.enter, argv, env)
+		cmd := exec.Command(argv[0], argv[1:]...)
+		cmd.Dir = t.TempDir()
+		cmd.Env = append([]string{"PATH=/usr/bin:/bin", "HOME=" + cmd.Dir, "LANG=C.UTF-8", "PYTHONDONTWRITEBYTECODE=1", "AWS_REGION=us-east-1"}, env...)
+		p, err := start(cmd, a.enter)
 		if err != nil {
 			return nil, err
 		}
-		return p.run(fetches, nil)
+		r, err := p.next()
+		for ; err == nil; r, err = p.again() {
+			if rs = append(rs, r); len(rs) == fetches {
+				return rs, p.end()
+			}
+		}
+		return rs, err
 	}()
 	return rs, w.stop(), err
 }
@@ -140,14 +150,14 @@ func TestPrograms(t *testing.T) {
 		{name: "healthy", script: healthy, who: all, ok: all},
 		{name: "IPv6", env: []string{"AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE=IPv6"}, script: healthy, who: v6, ok: all},
 		{name: "v2 only", env: []string{"AWS_EC2_METADATA_V1_DISABLED=true"}, script: v2only, who: all, ok: func(c client) bool { return !c.v1 }},
-		{name: "every answer 400 ms late", script: late(400 * time.Millisecond), who: all, ok: all},
+		{name: "every answer 300 ms late", script: late(300 * time.Millisecond), who: all, ok: all},
 		{name: "list 404", script: change(list, answer{status: 404, body: "no role here"}), who: all, ok: never},
 		{name: "list 403", script: change(list, answer{status: 403, body: "not allowed here"}), who: all, ok: never},
 		{name: "list 503", script: change(list, answer{status: 503, header: "Retry-After: 1\r\n", body: "not yet here"}), who: all, ok: never},
 	} {
 		t.Run(s.name, func(t *testing.T) {
 			forEach(t, s.who, func(c client) error {
-				rs, seen, err := scripted(c, argv[c.name], environment(t.TempDir(), s.env...), 2, s.script)
+				rs, seen, err := scripted(t, argv[c.name], s.env, 2, s.script)
 				if err != nil {
 					return err
 				}
@@ -170,14 +180,14 @@ func TestPrograms(t *testing.T) {
 	// What must never happen to the daemon's clients does happen here, and is seen.
 	t.Run("a hang is seen", func(t *testing.T) {
 		script := change(list+role, answer{status: 200, body: `{"Code":"Failed","Message":"denied"}`})
-		rs, _, err := scripted(named(t, "js-v2"), argv["js-v2"], append(environment(t.TempDir()), "FETCH_TIMEOUT=2"), 1, script)
+		rs, _, err := scripted(t, argv["js-v2"], []string{"FETCH_TIMEOUT=2"}, 1, script)
 		if len(rs) != 1 || rs[0].OK || !strings.HasPrefix(rs[0].Error, "hang") || !hung(err) {
 			t.Fatalf("got %+v, %v; want a hang", rs, err)
 		}
 	})
 	t.Run("an abort is seen", func(t *testing.T) {
 		script := change(list+role, answer{status: 404, body: "not found"})
-		rs, _, err := scripted(named(t, "crt"), argv["crt"], environment(t.TempDir()), 1, script)
+		rs, _, err := scripted(t, argv["crt"], nil, 1, script)
 		if len(rs) != 0 || !aborted(err) {
 			t.Fatalf("got %+v, %v; want an abort", rs, err)
 		}
@@ -196,7 +206,7 @@ func TestPrograms(t *testing.T) {
 				}
 				return healthy(method, path, h)
 			}
-			rs, seen, err := scripted(c, argv[c.name], environment(t.TempDir()), 2, script)
+			rs, seen, err := scripted(t, argv[c.name], nil, 2, script)
 			if err != nil {
 				t.Fatalf("%s: %v", c.name, err)
 			}
@@ -240,17 +250,6 @@ func documents(seen []exchange) int {
 		}
 	}
 	return n
-}
-
-func named(t *testing.T, name string) client {
-	t.Helper()
-	for _, c := range clients {
-		if c.name == name {
-			return c
-		}
-	}
-	t.Fatalf("no client %q", name)
-	return client{}
 }
 
 // forEach runs f for each client, four at a time, and fails the client's own sub-test by its error.

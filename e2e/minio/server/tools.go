@@ -1,0 +1,5 @@
+//go:build tools
+
+package server
+
+import _ "github.com/minio/minio"
