@@ -34,5 +34,5 @@
 //   - A request for credentials that are there allocates nothing here. (TestHitAllocatesNothing)
 //   - The number of series and the memory per client are bounded. (TestSeriesAreFixed, TestConnectionsPerIP)
 //
-// net/http itself answers what it cannot read (400, 417, 431, 501, 505), always with Connection: close.
+// net/http itself answers what it cannot read (400, 417, 431, 501, 505), always with Content-Length and Connection: close.
 package proxy

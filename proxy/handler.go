@@ -331,6 +331,9 @@ func (s *Server) write(w http.ResponseWriter, r *http.Request, rt *route, a answ
 	if r.ContentLength != 0 || r.ProtoMajor != 1 || reason == reasonFlood || s.draining.Load() {
 		h["Connection"] = closeValue
 	}
+	if r.ContentLength != 0 { // net/http would wait for the rest of it for ever
+		_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
+	}
 	w.WriteHeader(code)
 	if a.body != nil {
 		_, _ = w.Write(a.body) // fails only when the client has left

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"bytes"
+	"fmt"
 	"net"
 	"strings"
 )
@@ -43,6 +44,24 @@ func (c *conn) CloseWrite() error {
 		return half.CloseWrite()
 	}
 	return nil
+}
+
+// unreadable is how the head goes on, after its first line, of every answer that net/http gives by itself to a request
+// that it cannot read. It has no Content-Length, without which old CRTs abort the process.
+const unreadable = "\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n"
+
+func (c *conn) Write(p []byte) (int, error) {
+	first := bytes.IndexByte(p, '\r')
+	if first < 0 || !bytes.HasPrefix(p[first:], []byte(unreadable)) {
+		return c.Conn.Write(p)
+	}
+	body := p[first+len(unreadable):]
+	full := fmt.Appendf(nil, "%s\r\nServer: EC2ws\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s",
+		p[:first], len(body), body)
+	if _, err := c.Conn.Write(full); err != nil {
+		return 0, err
+	}
+	return len(p), nil
 }
 
 func (c *conn) Read(p []byte) (int, error) {

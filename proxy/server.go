@@ -24,6 +24,7 @@ const (
 	defaultConnectionsPer = 128
 	readHeaderTimeout     = 5 * time.Second
 	writeTimeout          = 10 * time.Second
+	bodyTimeout           = 500 * time.Millisecond // for what is left of a body that nobody reads
 	idleTimeout           = 75 * time.Second
 	maxHeaderBytes        = 16 << 10
 	netHTTPSlop           = 4 << 10 // net/http reads this much more than MaxHeaderBytes
