@@ -58,11 +58,10 @@ type Cache struct {
 
 	mu         sync.RWMutex
 	entries    map[Key]*entry
-	pass       uint64 // number of the latest look at the live set
-	background int    // issues in flight that no request waited for when they began
+	background int // issues in flight that no request waited for when they began
 
 	// Run's own, kept between passes to save the allocation.
-	seen []liveKey
+	keys []liveKey
 	due  []*entry
 }
 
@@ -115,8 +114,7 @@ func (c *Cache) Get(ctx context.Context, key Key) (*Credentials, error) {
 	defer c.mu.Unlock()
 	e := c.entries[key]
 	if e == nil {
-		// Taken for live until the next pass: the pod may have become so while Run was reading the live set.
-		e = &entry{key: key, seen: c.pass, changed: make(chan struct{})}
+		e = &entry{key: key, changed: make(chan struct{})}
 		c.entries[key] = e
 	}
 	if e.servable(time.Now()) {
@@ -203,29 +201,28 @@ func (c *Cache) Run(ctx context.Context) error {
 
 // readLive marks the entries of live keys and evicts what no live pod holds and nobody waits for.
 func (c *Cache) readLive() {
-	c.mu.Lock()
-	c.pass++
-	c.mu.Unlock()
-	c.seen = c.seen[:0]
+	c.keys = c.keys[:0]
 	for key, prefetch := range c.live() {
-		c.seen = append(c.seen, liveKey{key, prefetch})
+		c.keys = append(c.keys, liveKey{key, prefetch})
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, l := range c.seen {
-		e := c.entries[l.key]
+	for _, e := range c.entries {
+		e.live, e.prefetch = false, false
+	}
+	for _, k := range c.keys {
+		e := c.entries[k.key]
 		if e == nil {
-			if !l.prefetch {
+			if !k.prefetch {
 				continue
 			}
-			e = &entry{key: l.key, changed: make(chan struct{})}
-			c.entries[l.key] = e
+			e = &entry{key: k.key, changed: make(chan struct{})}
+			c.entries[k.key] = e
 		}
-		e.prefetch = l.prefetch || e.prefetch && e.seen == c.pass
-		e.seen = c.pass
+		e.live, e.prefetch = true, e.prefetch || k.prefetch
 	}
 	for key, e := range c.entries {
-		if e.seen != c.pass && e.waiters == 0 && !e.issuing {
+		if !e.live && e.waiters == 0 && !e.issuing {
 			delete(c.entries, key)
 		}
 	}
@@ -238,7 +235,7 @@ func (c *Cache) next(now time.Time) (start []*entry, sleep time.Duration) {
 	sleep = resync
 	c.due = c.due[:0]
 	for _, e := range c.entries {
-		if e.issuing || e.waiters == 0 && !(e.seen == c.pass && (e.prefetch || e.asked)) {
+		if e.issuing || e.waiters == 0 && !(e.live && (e.prefetch || e.asked)) {
 			continue
 		}
 		if wait := e.dueAt(now).Sub(now); wait > 0 {

@@ -17,9 +17,9 @@
 //     TestRefreshAtHalfLife, TestRefreshLeavesTwentyMinutes.
 //  6. Errors are remembered with a jittered back-off of 1 s doubling to 60 s, until [Cache.Retry]. A token bucket bounds the
 //     issue calls of the node. Keys that a request waits for go first, then those that expire soonest, then prefetch.
-//     TestBackOff, TestRetry, TestRate, TestAskedKeyComesFirst, TestHangingIssuesStarveNobody.
-//  7. Memory is bounded by the live keys: a key goes with its last pod. TestEviction.
-//  8. A value ends by the monotonic or by the wall clock, whichever is earlier. TestBothClocks, TestClockAhead.
+//     TestBackOff, TestRememberedError, TestRetry, TestRate, TestAskedKeyComesFirst, TestAskedKeysInOrder, TestHangingIssuesStarveNobody.
+//  7. Memory is bounded by the live keys: a key goes with its last pod. TestEviction, TestSharedKey.
+//  8. A value ends by the monotonic or by the wall clock, whichever is earlier. TestBothClocks, TestWallClockJump, TestClockAhead.
 //  9. No secret is reachable through fmt, slog, encoding/json or a metric. TestRedaction.
 //
 // An [Issuer] that panics fails that one issue: TestPanicDoesNotWedge.

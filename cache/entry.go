@@ -71,8 +71,8 @@ func (v *value) servable(now time.Time) bool {
 type entry struct {
 	key          Key
 	value        *value // nil before the first success; never overwritten by a failure
-	seen         uint64 // the last pass in which the key was live
-	prefetch     bool   // issue without being asked
+	live         bool   // a live pod is authorized for it
+	prefetch     bool   // and it is to be issued without being asked for
 	asked        bool   // a request has asked for it
 	waiters      int
 	waitingSince time.Time // of the first of the waiters
@@ -111,7 +111,7 @@ func (e *entry) dueAt(now time.Time) time.Time {
 // hopeless says that the next try will not begin before ctx's deadline.
 func (e *entry) hopeless(ctx context.Context) bool {
 	deadline, ok := ctx.Deadline()
-	return ok && e.err != nil && !e.issuing && e.retryAt.After(deadline)
+	return ok && e.retryAt.After(deadline)
 }
 
 // unavailable is Get's error.
