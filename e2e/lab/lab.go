@@ -127,6 +127,7 @@ func (l *Lab) startFabric(ctx context.Context) (err error) {
 			return err
 		}
 	}
+	l.IMDS.Credentials = l.nodeCredentials
 	for _, ip := range []netip.Addr{imds.IPv4, imds.IPv6} {
 		ln, err := l.fabric.Listen(ctx, "tcp", netip.AddrPortFrom(ip, 80).String())
 		if err != nil {

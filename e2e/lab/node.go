@@ -41,6 +41,7 @@ type Node struct {
 	IPv6  netip.Addr // zero with IPv4Only
 	Net   *Namespace
 	Index int
+	AWS   *AWS // what the node and its pods reach by AWS's names
 
 	lab     *Lab
 	options NodeOptions
@@ -73,7 +74,7 @@ func (l *Lab) AddNode(ctx context.Context, o NodeOptions) (_ *Node, err error) {
 			err = errors.Join(fmt.Errorf("add %s: %w", n.Name, err), n.Close())
 		}
 	}()
-	for _, dir := range []string{n.dir, n.runDir(), n.cniDir(), filepath.Join(n.dir, "home")} {
+	for _, dir := range []string{n.dir, n.runDir(), filepath.Join(n.dir, "home")} {
 		if err := os.Mkdir(dir, 0o755); err != nil {
 			return nil, err
 		}
@@ -155,13 +156,16 @@ func (n *Node) podNetworks() (v4, v6 netip.Prefix) {
 		netip.MustParsePrefix(fmt.Sprintf("fd00:244:%x::/64", n.Index))
 }
 
-// register makes the Node object.
+// register makes the Node object, and the daemon's own pod: a daemon asks whether anything is bound to its node.
 func (n *Node) register(ctx context.Context) error {
 	node := &corev1.Node{
 		ObjectMeta: metav1.ObjectMeta{Name: n.Name, Labels: map[string]string{"kubernetes.io/hostname": n.Name}},
 		Spec:       corev1.NodeSpec{PodCIDR: fmt.Sprintf("10.244.%d.0/24", n.Index)},
 	}
-	_, err := n.lab.Kube.CoreV1().Nodes().Create(ctx, node, metav1.CreateOptions{})
+	if _, err := n.lab.Kube.CoreV1().Nodes().Create(ctx, node, metav1.CreateOptions{}); err != nil {
+		return err
+	}
+	_, err := n.AddPod(ctx, PodSpec{Namespace: daemonNamespace, Name: "imdsgate-" + n.Name, HostNetwork: true})
 	return err
 }
 
@@ -174,7 +178,6 @@ func (n *Node) Addrs() []netip.Addr {
 }
 
 func (n *Node) runDir() string { return filepath.Join(n.dir, "run") }
-func (n *Node) cniDir() string { return filepath.Join(n.dir, "cni") }
 
 // Dir is a directory of the node's own, the same inside and outside.
 func (n *Node) Dir() string { return n.dir }

@@ -271,31 +271,6 @@ func (p *Pod) delete(ctx context.Context, grace int64) error {
 	return p.Node.lab.Kube.CoreV1().Pods(p.Namespace).Delete(ctx, p.Name, metav1.DeleteOptions{GracePeriodSeconds: &grace})
 }
 
-// WriteCNIResult writes what containerd's CNI library keeps of the pod's network. It is there before the first container.
-func (p *Pod) WriteCNIResult() error {
-	type address struct {
-		Address string `json:"address"`
-	}
-	var ips []address
-	for _, ip := range p.IPs {
-		ips = append(ips, address{netip.PrefixFrom(ip, ip.BitLen()).String()})
-	}
-	sandbox := "sandbox-" + string(p.UID)
-	content, err := json.Marshal(map[string]any{
-		"kind": "cniCacheV1", "containerId": sandbox, "config": "e30=", "ifName": "eth0", "networkName": "pods",
-		"cniArgs": [][2]string{
-			{"IgnoreUnknown", "1"}, {"K8S_POD_NAMESPACE", p.Namespace}, {"K8S_POD_NAME", p.Name},
-			{"K8S_POD_INFRA_CONTAINER_ID", sandbox}, {"K8S_POD_UID", string(p.UID)},
-		},
-		"capabilityArgs": map[string]any{},
-		"result":         map[string]any{"cniVersion": "1.0.0", "ips": ips, "interfaces": []any{}, "routes": []any{}},
-	})
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(filepath.Join(p.Node.cniDir(), "pods-"+sandbox+"-eth0"), content, 0o600)
-}
-
 // Command is a program in the pod: its network, its hosts file with the names of AWS, and an environment that holds nothing
 // of the machine's and no credentials. More can be appended to its Env.
 func (p *Pod) Command(ctx context.Context, name string, args ...string) *exec.Cmd {

@@ -1,0 +1,112 @@
+package e2e_test
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"testing"
+	"time"
+
+	"github.com/imdsgate/imdsgate/e2e/lab"
+	"github.com/imdsgate/imdsgate/e2e/labtest"
+)
+
+const (
+	endpoint  = "http://169.254.169.254"
+	endpoint6 = "http://[fd00:ec2::254]"
+	tokenPath = "/latest/api/token"
+	roleList  = "/latest/meta-data/iam/security-credentials/"
+)
+
+// ask sends one request from inside a pod.
+func ask(ctx context.Context, p *lab.Pod, method, url string, header map[string]string) (status int, body string, err error) {
+	req, err := http.NewRequestWithContext(ctx, method, url, nil)
+	if err != nil {
+		return 0, "", err
+	}
+	for name, value := range header {
+		req.Header.Set(name, value)
+	}
+	resp, err := p.HTTP().Do(req)
+	if err != nil {
+		return 0, "", err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	return resp.StatusCode, string(b), err
+}
+
+// get asks for a path as IMDSv1 does.
+func get(t *testing.T, p *lab.Pod, path string) (status int, body string) {
+	t.Helper()
+	status, body, err := ask(labtest.Context(t), p, http.MethodGet, endpoint+path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return status, body
+}
+
+// wantStatus asks for a path and complains about any other status.
+func wantStatus(p *lab.Pod, path string, want int) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	status, body, err := ask(ctx, p, http.MethodGet, endpoint+path, nil)
+	if err == nil && status != want {
+		err = fmt.Errorf("GET %s in %s/%s: %d, want %d: %s", path, p.Namespace, p.Name, status, want, body)
+	}
+	return err
+}
+
+// token asks for a session token.
+func token(t *testing.T, p *lab.Pod) string {
+	t.Helper()
+	status, body, err := ask(labtest.Context(t), p, http.MethodPut, endpoint+tokenPath, map[string]string{"X-Aws-Ec2-Metadata-Token-Ttl-Seconds": "21600"})
+	if err != nil || status != 200 {
+		t.Fatalf("PUT %s: %d %v: %s", tokenPath, status, err, body)
+	}
+	return body
+}
+
+// document is what clients read of the credential document.
+type document struct {
+	Code, AccessKeyId, SecretAccessKey, Token string //nolint:revive // names of the format
+	Expiration                                time.Time
+}
+
+// credentials fetches the role list and the document as SDKs do, with a session token.
+func credentials(ctx context.Context, p *lab.Pod) (role string, d document, err error) {
+	step := func(method, path string, header map[string]string) (string, error) {
+		status, body, err := ask(ctx, p, method, endpoint+path, header)
+		if err == nil && status != 200 {
+			err = fmt.Errorf("%s %s in %s/%s: %d: %s", method, path, p.Namespace, p.Name, status, body)
+		}
+		return body, err
+	}
+	token, err := step(http.MethodPut, tokenPath, map[string]string{"X-Aws-Ec2-Metadata-Token-Ttl-Seconds": "21600"})
+	if err != nil {
+		return "", d, err
+	}
+	header := map[string]string{"X-Aws-Ec2-Metadata-Token": token}
+	if role, err = step(http.MethodGet, roleList, header); err != nil {
+		return "", d, err
+	}
+	body, err := step(http.MethodGet, roleList+role, header)
+	if err == nil {
+		err = json.Unmarshal([]byte(body), &d)
+	}
+	if err == nil && (d.Code != "Success" || d.AccessKeyId == "" || d.SecretAccessKey == "" || d.Token == "") {
+		err = fmt.Errorf("the document is not whole: %s", d.Code)
+	}
+	return role, d, err
+}
+
+// owned checks that the credentials are the role's by asking AWS who owns the access key.
+func owned(n *lab.Node, d document, role string) error {
+	owner, ok := n.AWS.Owner(d.AccessKeyId)
+	if !ok || owner.RoleARN != role || owner.Node {
+		return fmt.Errorf("the credentials are those of %+v, want %s", owner, role)
+	}
+	return nil
+}
