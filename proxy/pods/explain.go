@@ -82,10 +82,8 @@ func (p *Pods) explain(r *resident) Explanation {
 		return e
 	}
 	e.Decision = DecisionUnknown
-	if !r.mirror {
-		if r.account != nil {
-			step("service account %s: %s", r.accountName(), r.account.describe())
-		}
+	if r.account != nil {
+		step("service account %s: %s", r.accountName(), r.account.describe())
 		step("namespace %s: %s", r.pod.Namespace, r.namespace.describe())
 	}
 	if c := r.caller; c != nil {

@@ -14,12 +14,12 @@ import (
 	"github.com/imdsgate/imdsgate/proxy"
 )
 
-// annotationMirror marks the API server's copy of a static pod.
-const annotationMirror = corev1.MirrorPodAnnotationKey
-
-// maxAnnotation is how much of an annotation of a pod or service account is kept, in bytes. It is longer than anything that
-// AWS takes (a role ARN has 2048 at most), so that what is cut was refused before and is refused after.
-const maxAnnotation = 4096
+// How much of an annotation is kept, in bytes: users must not be able to fill our memory. Both are longer than anything
+// that proxy.Policy takes, so that what is cut was refused and is refused.
+const (
+	maxAnnotation          = 4 << 10 // of a pod or service account
+	maxNamespaceAnnotation = 64 << 10
+)
 
 // facts are what is kept of a Pod.
 type facts struct {
@@ -29,7 +29,6 @@ type facts struct {
 	node        string
 	phase       corev1.PodPhase
 	hostNetwork bool
-	mirror      bool
 	ownSource   bool // its SDKs get credentials without asking the metadata endpoint
 	terminating bool
 	ended       bool      // its containers will never run again
@@ -46,7 +45,7 @@ func podFacts(o *corev1.Pod) facts {
 		pod: proxy.Pod{
 			UID: string(o.UID), Namespace: o.Namespace, Name: o.Name, ServiceAccount: o.Spec.ServiceAccountName,
 		},
-		annotations: keep(o.Annotations, proxy.AnnotationPodRole, proxy.AnnotationPodExternalID, proxy.AnnotationPodSessionName),
+		annotations: keep(o.Annotations, maxAnnotation, proxy.AnnotationPodRole, proxy.AnnotationPodExternalID, proxy.AnnotationPodSessionName),
 		node:        o.Spec.NodeName,
 		phase:       o.Status.Phase,
 		hostNetwork: o.Spec.HostNetwork,
@@ -54,7 +53,9 @@ func podFacts(o *corev1.Pod) facts {
 		ownSource:   slices.ContainsFunc(o.Spec.Containers, ownSource) || slices.ContainsFunc(o.Spec.InitContainers, ownSource),
 		firstRun:    firstRun(&o.Status),
 	}
-	_, f.mirror = o.Annotations[annotationMirror]
+	if _, mirror := o.Annotations[corev1.MirrorPodAnnotationKey]; mirror {
+		f.pod.ServiceAccount = "" // a static pod, whatever else is written into the API server's copy
+	}
 	f.ended = f.phase == corev1.PodSucceeded || f.phase == corev1.PodFailed || f.terminating && containersEnded(&o.Status)
 	if t := o.Status.StartTime; t != nil {
 		f.started = t.Time
@@ -117,8 +118,8 @@ func firstRun(s *corev1.PodStatus) time.Time {
 	return first
 }
 
-// keep returns the named annotations, cut to maxAnnotation: users must not be able to fill our memory.
-func keep(annotations map[string]string, names ...string) map[string]string {
+// keep returns the named annotations, cut to limit.
+func keep(annotations map[string]string, limit int, names ...string) map[string]string {
 	var kept map[string]string
 	for _, name := range names {
 		v, ok := annotations[name]
@@ -128,8 +129,8 @@ func keep(annotations map[string]string, names ...string) map[string]string {
 		if kept == nil {
 			kept = make(map[string]string, len(names))
 		}
-		if len(v) > maxAnnotation {
-			v = strings.Clone(v[:maxAnnotation]) // a slice would keep all of it
+		if len(v) > limit {
+			v = strings.Clone(v[:limit]) // a slice would keep all of it
 		}
 		kept[name] = v
 	}
@@ -148,17 +149,10 @@ func (o object) equal(b object) bool {
 }
 
 func accountFacts(o *corev1.ServiceAccount) object {
-	return object{true, o.UID, keep(o.Annotations, proxy.AnnotationRoleARN, proxy.AnnotationAudience, proxy.AnnotationTokenExpiration,
+	return object{true, o.UID, keep(o.Annotations, maxAnnotation, proxy.AnnotationRoleARN, proxy.AnnotationAudience, proxy.AnnotationTokenExpiration,
 		proxy.AnnotationSTSRegional, proxy.AnnotationSessionDuration, proxy.AnnotationExternalID)}
 }
 
-// namespaceFacts does not cut: a long list of patterns is legitimate, and a cut one is another list.
 func namespaceFacts(o *corev1.Namespace) object {
-	kept := make(map[string]string, 2)
-	for _, name := range []string{proxy.AnnotationAllowedRoles, proxy.AnnotationPermitted} {
-		if v, ok := o.Annotations[name]; ok {
-			kept[name] = v
-		}
-	}
-	return object{true, o.UID, kept}
+	return object{true, o.UID, keep(o.Annotations, maxNamespaceAnnotation, proxy.AnnotationAllowedRoles, proxy.AnnotationPermitted)}
 }

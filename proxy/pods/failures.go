@@ -31,10 +31,15 @@ func (f *failures) note(what, kind string, err error) bool {
 	return true
 }
 
-func (f *failures) clear(what string) {
+// clear forgets what and reports whether it was the last failure.
+func (f *failures) clear(what string) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.now[what] == nil {
+		return false
+	}
 	delete(f.now, what)
+	return len(f.now) == 0
 }
 
 // err joins the first few.

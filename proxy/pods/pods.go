@@ -13,6 +13,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/client-go/rest"
 
 	"github.com/imdsgate/imdsgate/cache"
@@ -40,6 +41,7 @@ type Pods struct {
 	onChange func(namespace, serviceAccount string)
 	events   *events
 	failures failures
+	backoff  *wait.Backoff // between attempts to reach the API server; nil: client-go's, 0.8 s to 1 min
 	waiting  waiting
 	count    atomic.Int64
 	synced   chan struct{} // closed when it is
@@ -94,8 +96,8 @@ func New(o Options) (*Pods, error) {
 	return p, nil
 }
 
-// Run follows the API server until ctx is done, and returns when all of its goroutines have. It can be called once. What
-// is known stays known when the API server cannot be reached.
+// Run follows the API server until ctx is done, and returns when its goroutines have ended. It can be called once. What is
+// known stays known when the API server cannot be reached, and after Run.
 func (p *Pods) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var tasks sync.WaitGroup

@@ -2,6 +2,7 @@ package pods
 
 import (
 	"context"
+	"errors"
 	"maps"
 	"net/netip"
 	"slices"
@@ -16,8 +17,8 @@ import (
 type resident struct {
 	facts
 	since     time.Time // see Caller.Since
-	account   *used     // nil: it has none, or the pod is not serving
-	namespace *used     // nil if the pod is not serving
+	account   *used     // nil if it has none, or is not serving
+	namespace *used     // nil if account is
 	caller    *proxy.Caller
 	conflict  string
 }
@@ -83,7 +84,7 @@ func (p *Pods) publish(c *change) {
 	for ip := range c.ips {
 		was, had := (*old)[ip]
 		is, has := p.holder(ip)
-		if is.err == proxy.ErrAmbiguousIP && was.err != proxy.ErrAmbiguousIP {
+		if errors.Is(is.err, proxy.ErrAmbiguousIP) && !errors.Is(was.err, proxy.ErrAmbiguousIP) {
 			p.log.Warn("pods have the same IP: nobody is served there", "ip", ip, "pods", names(p.byIP[ip]))
 		}
 		if had == has && was == is {
@@ -200,7 +201,7 @@ func (p *Pods) upsert(c *change, f facts, now, seen time.Time) {
 		}
 		c.accounts[cur.accountName()] = struct{}{}
 	}
-	if !maps.Equal(was.annotations, f.annotations) || was.ownSource != f.ownSource || was.mirror != f.mirror {
+	if !maps.Equal(was.annotations, f.annotations) || was.ownSource != f.ownSource {
 		c.accounts[cur.accountName()] = struct{}{}
 		cur.caller = nil
 	}
@@ -237,13 +238,11 @@ func (r *resident) accountName() types.NamespacedName {
 
 // attach follows the objects that a pod's decision rests on.
 func (p *Pods) attach(r *resident) {
-	if r.mirror {
-		return
+	if r.pod.ServiceAccount == "" {
+		return // then there is no role, whatever the namespace says
 	}
 	r.namespace = p.use(p.namespaces, types.NamespacedName{Name: r.pod.Namespace}, r, p.followNamespace)
-	if r.pod.ServiceAccount != "" {
-		r.account = p.use(p.accounts, r.accountName(), r, p.followAccount)
-	}
+	r.account = p.use(p.accounts, r.accountName(), r, p.followAccount)
 }
 
 func (p *Pods) detach(r *resident) {
@@ -304,18 +303,13 @@ func (p *Pods) decide(c *change, r *resident) {
 		}
 		return
 	}
-	if r.mirror {
-		r.caller = &proxy.Caller{Pod: r.pod, Since: r.since, Refusal: &proxy.Refusal{
-			Kind: proxy.NoRole, Text: "a static pod has no service account, so it can have no role",
-		}}
-		return
-	}
-	if !r.namespace.known || r.account != nil && !r.account.known {
-		return
-	}
-	s := proxy.Subject{Pod: r.pod, PodAnnotations: r.annotations, ServiceAccountAbsent: true, Namespace: r.namespace.rules}
+	s := proxy.Subject{Pod: r.pod, PodAnnotations: r.annotations}
 	if r.account != nil {
+		if !r.account.known || !r.namespace.known {
+			return
+		}
 		s.ServiceAccountAnnotations, s.ServiceAccountAbsent = r.account.annotations, !r.account.present
+		s.Namespace = r.namespace.rules
 	}
 	grant, refusal, conflict := p.policy.Authorize(s)
 	r.caller = &proxy.Caller{Pod: r.pod, Since: r.since, Grant: grant, Refusal: refusal}

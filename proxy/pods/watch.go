@@ -92,6 +92,11 @@ func (s *store[O, F]) Bookmark(string) error {
 func (p *Pods) reflect(ctx context.Context, resource, namespace string, selector fields.Selector, of runtime.Object,
 	into kcache.ReflectorStore, opened func(),
 ) {
+	what := resource + " with " + selector.String()
+	if namespace != "" {
+		what += " in namespace " + namespace
+	}
+	defer p.failures.clear(what)
 	lw := kcache.NewFilteredListWatchFromClient(p.client, resource, namespace, func(o *metav1.ListOptions) {
 		o.FieldSelector = selector.String()
 	})
@@ -103,7 +108,7 @@ func (p *Pods) reflect(ctx context.Context, resource, namespace string, selector
 			o.ResourceVersion = ""
 		}
 		l, err := list(ctx, o)
-		p.watched(ctx, "list", resource, namespace, selector, err)
+		p.watched(ctx, "list", resource, what, err)
 		return l, err
 	}
 	lw.WatchFuncWithContext = func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
@@ -111,7 +116,7 @@ func (p *Pods) reflect(ctx context.Context, resource, namespace string, selector
 		if err == nil && opened != nil {
 			opened()
 		}
-		p.watched(ctx, "watch", resource, namespace, selector, err)
+		p.watched(ctx, "watch", resource, what, err)
 		if err != nil && o.SendInitialEvents != nil {
 			// After errors that it knows, the reflector would sleep for up to a minute here without looking at its context.
 			// After others it lists, which fails alike, and then waits for either.
@@ -120,31 +125,28 @@ func (p *Pods) reflect(ctx context.Context, resource, namespace string, selector
 		return w, err
 	}
 	discard := logr.Discard()
-	kcache.NewReflectorWithOptions(lw, of, into, kcache.ReflectorOptions{Name: resource, Logger: &discard}).
+	kcache.NewReflectorWithOptions(lw, of, into, kcache.ReflectorOptions{Name: resource, Logger: &discard, Backoff: p.backoff}).
 		RunWithContext(logr.NewContext(ctx, discard))
 }
 
 // watched notes how a list or the opening of a watch went.
-func (p *Pods) watched(ctx context.Context, verb, resource, namespace string, selector fields.Selector, err error) {
-	if ctx.Err() != nil {
+func (p *Pods) watched(ctx context.Context, verb, resource, what string, err error) {
+	switch {
+	case ctx.Err() != nil:
 		return
-	}
-	what := resource + " with " + selector.String()
-	if namespace != "" {
-		what += " in namespace " + namespace
-	}
-	if err == nil {
-		p.failures.clear(what)
+	case err == nil:
+		if p.failures.clear(what) {
+			p.log.Info("following the API server again", "node", p.node)
+		}
 		return
+	case errors.Is(err, io.EOF), apierrors.IsResourceExpired(err), apierrors.IsGone(err),
+		verb == "watch" && (apierrors.IsInvalid(err) || apierrors.IsBadRequest(err)): // an API server without watch-list
+		return // a list follows
 	}
-	if errors.Is(err, io.EOF) || apierrors.IsResourceExpired(err) || apierrors.IsGone(err) ||
-		verb == "watch" && (apierrors.IsInvalid(err) || apierrors.IsBadRequest(err)) { // an API server without watch-list: a list follows
-		return
-	}
+	kind := verb + " " + resource + " " + string(apierrors.ReasonForError(err))
 	err = explainForbidden(err, verb, resource)
-	if p.failures.note(what, verb+" "+resource+" "+string(apierrors.ReasonForError(err)), fmt.Errorf("%s %s: %w", verb, what, err)) {
-		p.log.Error("cannot follow objects of the API server, will try again",
-			"verb", verb, "resource", resource, "namespace", namespace, "selector", selector.String(), "error", err)
+	if p.failures.note(what, kind, fmt.Errorf("%s %s: %w", verb, what, err)) {
+		p.log.Error("cannot follow objects of the API server, will try again", "verb", verb, "resource", resource, "which", what, "error", err)
 	}
 }
 

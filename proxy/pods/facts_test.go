@@ -1,0 +1,54 @@
+package pods
+
+import (
+	"encoding/json"
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/imdsgate/imdsgate/proxy"
+)
+
+// What users write can neither fill our memory nor panic.
+func TestKeep(t *testing.T) {
+	long := strings.Repeat("x", 1<<16)
+	p := podOf("a", "cart", nil, annotated(proxy.AnnotationPodRole, long, "other", long, proxy.AnnotationPodExternalID, "id"))
+	f := podFacts(p)
+	if len(f.annotations) != 2 || len(f.annotations[proxy.AnnotationPodRole]) != maxAnnotation || f.annotations[proxy.AnnotationPodExternalID] != "id" {
+		t.Errorf("kept %d annotations, %d bytes of the role", len(f.annotations), len(f.annotations[proxy.AnnotationPodRole]))
+	}
+	if o := accountFacts(account("a", "other", long)); o.annotations != nil {
+		t.Error("kept what nobody reads")
+	}
+	if o := namespaceFacts(namespace("a", proxy.AnnotationPermitted, long+long)); len(o.annotations[proxy.AnnotationPermitted]) != maxNamespaceAnnotation {
+		t.Error("namespace annotation is not cut")
+	}
+}
+
+func FuzzPodFacts(f *testing.F) {
+	for _, p := range []*corev1.Pod{
+		{}, podOf("a", "cart", []string{"10.0.0.1", "fe80::1%eth0", "x"}, terminating, ended, annotated(proxy.AnnotationPodRole, "arn:oops")),
+	} {
+		b, err := json.Marshal(p)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var p corev1.Pod
+		if json.Unmarshal(b, &p) != nil {
+			return
+		}
+		facts := podFacts(&p)
+		if !facts.serving() && len(facts.ips) > 0 {
+			t.Errorf("%+v has IPs", facts)
+		}
+		for _, ip := range facts.ips {
+			if !ip.IsValid() || ip.Is4In6() {
+				t.Errorf("IP %v", ip)
+			}
+		}
+	})
+}
