@@ -161,7 +161,9 @@ func (r *Rules) ensureGuard(ctx context.Context, f *family) ([]ruleOp, error) {
 	if errors.Is(err, errNoFamily) && f == ipv6 {
 		return nil, nil
 	}
-	r.verdict(subject{"guard", f}, err)
+	if r.verdict(subject{"guard", f}, err) && err != nil {
+		r.log.Error("guard is not whole", "family", f.name, "error", err)
+	}
 	return ops, err
 }
 
@@ -250,12 +252,20 @@ func (r *Rules) installRedirect(ctx context.Context, f *family, to netip.AddrPor
 		if !r.guard {
 			return nil // a redirect to nobody is all that keeps pods out
 		}
-		return removeRedirect(ctx, f)
+		if err := removeRedirect(ctx, f); err != nil {
+			r.log.Warn("an earlier redirect is still there", "family", f.name, "error", err)
+		}
+		return ctx.Err()
 	}
 	b := r.backends[f]
 	have, err := b.list(ctx, ourTables[1])
 	if err != nil {
 		return err
+	}
+	for _, rule := range have.parent {
+		if foreignNAT(f, rule) {
+			r.log.Warn("a foreign rule wants the endpoint too; ours goes first", "family", f.name, "rule", rule)
+		}
 	}
 	d := redirect{iface: r.iface, to: to}
 	if p := have.target(); p.IsValid() && p != to {
@@ -408,9 +418,7 @@ func (r *Rules) verifyGuard(ctx context.Context) {
 		switch {
 		case ctx.Err() != nil:
 			return
-		case err != nil:
-			r.log.Error("guard not repaired", "family", f.name, "error", err)
-		case len(ops) > 0:
+		case err == nil && len(ops) > 0:
 			r.repairs.WithLabelValues("guard").Inc()
 			r.log.Warn("guard repaired", "family", f.name, "steps", fmt.Sprint(ops))
 		}
@@ -431,10 +439,11 @@ func (r *Rules) verifyRedirect(ctx context.Context) {
 		if ctx.Err() != nil || errors.Is(err, errSuperseded) {
 			return
 		}
-		r.verdict(subject{"redirect", f}, err)
-		if err != nil {
+		if r.verdict(subject{"redirect", f}, err) && err != nil {
 			r.log.Error("redirect is not whole", "family", f.name, "error", err)
-			time.AfterFunc(time.Second, r.wake.raise)
+		}
+		if err != nil {
+			time.AfterFunc(time.Second, r.wake.raise) // again, and before the next interval
 		}
 	}
 }
@@ -513,9 +522,10 @@ func (r *Rules) Verified() error {
 	return errors.Join(errs...)
 }
 
-// verdict records the result of a verification.
-func (r *Rules) verdict(s subject, err error) {
+// verdict records the result of a verification and reports whether it is news.
+func (r *Rules) verdict(s subject, err error) bool {
 	r.mu.Lock()
+	before := r.verdicts[s]
 	r.verdicts[s] = err
 	r.mu.Unlock()
 	v := 0.0
@@ -523,6 +533,7 @@ func (r *Rules) verdict(s subject, err error) {
 		v = 1
 	}
 	r.gauge(s).WithLabelValues(s.family.name).Set(v)
+	return fmt.Sprint(before) != fmt.Sprint(err)
 }
 
 func (r *Rules) forget(s subject) {
@@ -585,6 +596,9 @@ func (r *Rules) remove(ctx context.Context) error {
 
 // removeRedirect takes our chains out of both back ends of a family.
 func removeRedirect(ctx context.Context, f *family) error {
+	if _, err := listRules(f); errors.Is(err, errNoFamily) {
+		return nil
+	}
 	var errs []error
 	for _, b := range backends(ctx, f) {
 		for _, t := range ourTables {
