@@ -328,7 +328,6 @@ func newLab(t testing.TB, change ...func(*Options)) *lab {
 	ln := listen(t)
 	l.addr = ln.Addr().String()
 	ctx, cancel := context.WithCancel(context.Background())
-	l.stop = cancel
 	serveCtx, stop := context.WithCancel(context.Background())
 	l.stop = stop
 	var wg sync.WaitGroup

@@ -1,0 +1,351 @@
+package proxy
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+)
+
+func newReader(c net.Conn) *bufio.Reader { return bufio.NewReader(c) }
+
+// stuck is a CallerFinder that blocks until the test ends.
+type stuck struct{ ctx context.Context }
+
+func (s stuck) Find(netip.Addr) (*Caller, error) { return nil, ErrNotSynced }
+func (s stuck) Wait(context.Context, netip.Addr) (*Caller, error) {
+	<-s.ctx.Done() // ignores even the request's deadline
+	return nil, ErrNotSynced
+}
+
+func TestTokenPutDependsOnNothing(t *testing.T) {
+	l := newLab(t, func(o *Options) { o.Callers = stuck{t.Context()} })
+	for range 50 { // as many requests as can be are stuck
+		c := dial(t, l.addr, podIPs["other"])
+		fmt.Fprintf(c, "GET %s/ HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n", roleList)
+	}
+	start := time.Now()
+	l.token(t, "role", "21600")
+	l.token(t, "other", "21600")
+	if elapsed := time.Since(start); elapsed > 100*time.Millisecond+slack {
+		t.Errorf("two tokens took %v", elapsed)
+	}
+}
+
+// 500 PUTs at once from 50 pods.
+func TestTokenPutFlood(t *testing.T) {
+	l := newLab(t)
+	var slow atomic.Int64
+	var wg sync.WaitGroup
+	for i := range 50 {
+		ip := netip.AddrFrom4([4]byte{127, 0, 1, byte(i)})
+		for range 10 {
+			c := dial(t, l.addr, ip)
+			wg.Go(func() {
+				start := time.Now()
+				fmt.Fprintf(c, "PUT /latest/api/token HTTP/1.1\r\nHost: 169.254.169.254\r\n%s: 300\r\nContent-Length: 0\r\n\r\n", tokenTTLHeader)
+				r, err := readReply(newReader(c), "PUT")
+				if err != nil || r.StatusCode != 200 {
+					t.Errorf("%v %v", r, err)
+				}
+				if time.Since(start) > 250*time.Millisecond+slack {
+					slow.Add(1)
+				}
+			})
+		}
+	}
+	wg.Wait()
+	if n := slow.Load(); n > 5 {
+		t.Errorf("%d of 500 took more than 250 ms", n)
+	}
+}
+
+// 2,000 connections from one pod: what exceeds its share is closed, another pod is served meanwhile, and all memory of it
+// goes with the connections.
+func TestConnectionsPerIP(t *testing.T) {
+	l := newLab(t, func(o *Options) { o.MaxConnectionsPerIP = 100 })
+	l.warm(t, "role")
+	var open []net.Conn
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: podIPs["other"].AsSlice()}}
+	for range 2000 {
+		if c, err := d.Dial("tcp4", l.addr); err == nil {
+			open = append(open, c)
+		} else if !errors.Is(err, syscall.ECONNRESET) { // the surplus one, closed already
+			t.Fatal(err)
+		}
+	}
+	if r := l.get(t, "role", roleList+"/my-role"); r.StatusCode != 200 {
+		t.Errorf("another pod: %d %s", r.StatusCode, r.body)
+	}
+	if n := l.conns.of(podIPs["other"]); n != 100 {
+		t.Errorf("%d connections are held", n)
+	}
+	for _, c := range open {
+		_ = c.Close()
+	}
+	eventually(t, func() bool { return l.conns.of(podIPs["other"]) == 0 && l.conns.len() == 0 })
+	if r := l.get(t, "other", "/"); r.StatusCode != 200 {
+		t.Errorf("afterwards: %d", r.StatusCode)
+	}
+}
+
+func TestConnectionsInAll(t *testing.T) {
+	l := newLab(t, func(o *Options) { o.MaxConnections = 10 })
+	for i := range 10 {
+		dial(t, l.addr, netip.AddrFrom4([4]byte{127, 0, 1, byte(i)}))
+	}
+	eventually(t, func() bool { return l.conns.len() == 10 })
+	c, err := net.Dial("tcp4", l.addr)
+	if err == nil {
+		defer c.Close()
+		_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+		_, err = c.Read(make([]byte, 1))
+	}
+	if err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the eleventh connection: %v", err)
+	}
+}
+
+func (c *connCount) of(ip netip.Addr) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.perIP[ip]
+}
+
+func (c *connCount) len() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.perIP)
+}
+
+func eventually(t testing.TB, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(5 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("did not happen in time")
+		}
+	}
+}
+
+// A client that loops on 401, as old CRTs do, is cut off; others do not notice.
+func TestTokenRefusalLoop(t *testing.T) {
+	l := newLab(t)
+	l.warm(t, "role")
+	count := map[int]int{}
+	c := dial(t, l.addr, podIPs["other"])
+	br := newReader(c)
+	start := time.Now()
+	for n := 0; n < 1000 && time.Since(start) < 3*time.Second; n++ {
+		fmt.Fprintf(c, "GET %s/ HTTP/1.1\r\nHost: 169.254.169.254\r\n%s: bad\r\n\r\n", roleList, tokenHeader)
+		r, err := readReply(br, "GET")
+		if err != nil {
+			t.Fatal(err)
+		}
+		count[r.StatusCode]++
+		if r.StatusCode == 503 {
+			if !r.Close {
+				t.Fatal("the connection is not closed")
+			}
+			c = dial(t, l.addr, podIPs["other"])
+			br = newReader(c)
+		}
+	}
+	elapsed := time.Since(start)
+	if most := 50 + int(elapsed.Seconds()*50) + 1; count[401] < 50 || count[401] > most || count[503] == 0 {
+		t.Errorf("%v in %v", count, elapsed)
+	}
+	if r := l.get(t, "role", roleList+"/", tokenHeader+": bad"); r.StatusCode != 401 {
+		t.Errorf("another pod with a bad token: %d", r.StatusCode)
+	}
+	if r := l.get(t, "role", roleList+"/"); r.StatusCode != 200 {
+		t.Errorf("another pod: %d", r.StatusCode)
+	}
+	if r := l.get(t, "other", roleList+"/", tokenHeader+": "+l.token(t, "other", "60")); r.StatusCode != 200 {
+		t.Errorf("the same pod with a token: %d %s", r.StatusCode, r.body)
+	}
+}
+
+func TestRateLimitsAreBounded(t *testing.T) {
+	l := newRateLimits[int](10, 20)
+	now := time.Now()
+	for key := range 3 * maxRateKeys {
+		l.allow(key, now)
+	}
+	if n := len(l.buckets); n != maxRateKeys {
+		t.Errorf("%d keys", n)
+	}
+	if ok, _ := l.allow(1<<30, now); ok {
+		t.Error("keys beyond the bound do not share one bucket")
+	}
+	now = now.Add(2 * time.Second)
+	if ok, _ := l.allow(1<<30, now); !ok || len(l.buckets) != 1 {
+		t.Errorf("%v, %d keys are left when all are idle", ok, len(l.buckets))
+	}
+	for range 40 {
+		l.allow(1<<30, now)
+	}
+	if ok, suppressed := l.allow(1<<30, now.Add(100*time.Millisecond)); !ok || suppressed != 21 {
+		t.Errorf("%v, suppressed %d", ok, suppressed)
+	}
+	if ok, _ := l.allow(1<<30, now.Add(-time.Hour)); ok {
+		t.Error("a clock that goes backwards gives tokens")
+	}
+}
+
+// Heads that drip are cut off after 5 s, on a fresh connection and on one that has been used.
+func TestSlowloris(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	var cases sync.WaitGroup
+	for name, before := range map[string]string{
+		"fresh": "", "used": "GET / HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n", "without Host": "GET / HTTP/1.1\r\n\r\n",
+	} {
+		c := dial(t, l.addr, podIPs["role"])
+		br := newReader(c)
+		if before != "" {
+			fmt.Fprint(c, before)
+			if _, err := readReply(br, "GET"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		cases.Go(func() {
+			start := time.Now()
+			drip, stop := context.WithCancel(t.Context())
+			defer stop()
+			go func() {
+				fmt.Fprint(c, "GET / HTTP/1.1\r\nX-Slow: ")
+				for drip.Err() == nil {
+					if _, err := io.WriteString(c, "x"); err != nil {
+						return
+					}
+					time.Sleep(100 * time.Millisecond)
+				}
+			}()
+			_, err := io.ReadAll(br)
+			if elapsed := time.Since(start); errors.Is(err, os.ErrDeadlineExceeded) || elapsed < 4*time.Second || elapsed > 6*time.Second {
+				t.Errorf("%s: closed after %v: %v", name, elapsed, err)
+			}
+		})
+	}
+	cases.Wait()
+}
+
+// A body that is announced and never sent holds the connection for half a second, not for ever.
+func TestBodyThatNeverComes(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	c := dial(t, l.addr, podIPs["role"])
+	br := newReader(c)
+	start := time.Now()
+	fmt.Fprintf(c, "PUT /latest/api/token HTTP/1.1\r\nHost: 169.254.169.254\r\n%s: 60\r\nContent-Length: 1000\r\n\r\n", tokenTTLHeader)
+	if r, err := readReply(br, "PUT"); err != nil || r.StatusCode != 200 {
+		t.Fatalf("%v %v", r, err)
+	}
+	checkThen(t, c, br, "closed")
+	if elapsed := time.Since(start); elapsed > 2*time.Second {
+		t.Errorf("closed after %v", elapsed)
+	}
+}
+
+// Clients that leave in the middle of anything leave nothing behind.
+func TestClientsThatLeave(t *testing.T) {
+	l := newLab(t)
+	l.warm(t, "role")
+	before := runtime.NumGoroutine()
+	for i := range 200 {
+		c := dial(t, l.addr, podIPs[[]string{"role", "unknown"}[i%2]])
+		fmt.Fprintf(c, "GET %s/my-role HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n", roleList)
+		_ = c.(*net.TCPConn).SetLinger(0)
+		_ = c.Close()
+	}
+	eventually(t, func() bool { return l.conns.len() == 0 && runtime.NumGoroutine() <= before+2 })
+	if n := len(l.logged.String()); n > 64<<10 {
+		t.Errorf("%d bytes were logged", n)
+	}
+}
+
+// Drain: whoever connects until the redirect has moved is served by the old one, whoever comes later by the new one, and
+// nobody is refused.
+func TestDrain(t *testing.T) {
+	t.Parallel()
+	before, after := newLab(t), newLab(t)
+	for _, l := range []*lab{before, after} {
+		l.warm(t, "role")
+	}
+	var target atomic.Pointer[string] // what the redirect leads to
+	target.Store(&before.addr)
+	stop, done := context.WithCancel(t.Context())
+	defer done()
+	var served, closed atomic.Int64
+	var clients sync.WaitGroup
+	for range 4 {
+		clients.Go(func() {
+			for stop.Err() == nil {
+				c := dial(t, *target.Load(), podIPs["role"])
+				br := newReader(c)
+				for range 3 { // keep-alive, until told to close
+					fmt.Fprintf(c, "GET %s/my-role HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n", roleList)
+					r, err := readReply(br, http.MethodGet)
+					if err != nil || r.StatusCode != 200 {
+						t.Errorf("refused: %v", err)
+						break
+					}
+					served.Add(1)
+					time.Sleep(5 * time.Millisecond)
+					if r.Close {
+						closed.Add(1)
+						break
+					}
+				}
+				_ = c.Close()
+			}
+		})
+	}
+	held := dial(t, before.addr, podIPs["unknown"]) // a request that is under way when the drain ends its accepting
+	time.Sleep(200 * time.Millisecond)
+	start := time.Now()
+	before.stop()
+	time.Sleep(1500 * time.Millisecond) // longer than the quiet second: connections still come
+	target.Store(&after.addr)
+	time.Sleep(800 * time.Millisecond)
+	fmt.Fprintf(held, "GET %s/ HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n", roleList)
+	if r, err := readReply(newReader(held), "GET"); err != nil || r.StatusCode != 503 || !r.Close {
+		t.Errorf("the held request: %v %v", r, err)
+	}
+	if err := <-before.served; err != nil {
+		t.Error(err)
+	}
+	if elapsed := time.Since(start); elapsed < 2*time.Second || elapsed > 5*time.Second+slack {
+		t.Errorf("drained in %v", elapsed)
+	}
+	time.Sleep(100 * time.Millisecond)
+	done()
+	clients.Wait()
+	if closed.Load() == 0 || served.Load() < 100 {
+		t.Errorf("%d served, %d told to close", served.Load(), closed.Load())
+	}
+	if _, err := net.DialTimeout("tcp4", before.addr, time.Second); err == nil {
+		t.Error("the drained one still accepts")
+	}
+}
+
+// Serve says so when a listener fails.
+func TestServeFails(t *testing.T) {
+	l := newLab(t)
+	ln := listen(t)
+	_ = ln.Close()
+	if err := l.Serve(t.Context(), listen(t), ln); err == nil || !errors.Is(err, net.ErrClosed) {
+		t.Errorf("%v", err)
+	}
+}
