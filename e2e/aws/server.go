@@ -299,7 +299,7 @@ func (s *Server) route(r *request) *refusal {
 			r.regions = []string{"us-east-1"}
 		}
 	} else {
-		r.regions = []string{s.region, "us-east-1"} // IAM's scope is us-east-1 everywhere
+		r.regions = []string{s.region}
 	}
 	if r.service != "s3" {
 		form, err := parseForm(r.http, r.body)
@@ -313,14 +313,16 @@ func (s *Server) route(r *request) *refusal {
 		case r.form.Get("Action") == "":
 			r.service, r.form = "s3", nil
 		case r.form.Get("Version") == iamVersion:
-			r.service = "iam"
+			// Clients sign for us-east-1, where IAM is, or for their own region because the endpoint is not AWS's.
+			r.service, r.regions = "iam", append(r.regions, "us-east-1")
 		default:
 			r.service = "sts"
 		}
 	}
 	switch r.service {
 	case "s3":
-		if r.http.Method != http.MethodGet || r.http.URL.Path != "/" {
+		query := r.http.URL.RawQuery
+		if r.http.Method != http.MethodGet || r.http.URL.Path != "/" || query != "" && query != "x-id=ListBuckets" {
 			return &refusal{http.StatusNotImplemented, "NotImplemented", "only ListBuckets is served here"}
 		}
 		r.call.Operation = "ListBuckets"

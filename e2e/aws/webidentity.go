@@ -11,6 +11,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"math/big"
 	"slices"
 	"strings"
@@ -173,29 +174,30 @@ func findKey(set []byte, kid, alg string) (publicKey, error) {
 	if err := json.Unmarshal(set, &keys); err != nil {
 		return publicKey{}, err
 	}
-	number := func(s string) *big.Int {
-		b, err := base64.RawURLEncoding.DecodeString(s)
-		if err != nil {
-			return new(big.Int)
-		}
-		return new(big.Int).SetBytes(b)
-	}
 	for _, k := range keys.Keys {
 		if k.Kid != kid || k.Alg != "" && k.Alg != alg {
 			continue
 		}
 		switch {
 		case k.Kty == "RSA" && alg == "RS256":
-			key := &rsa.PublicKey{N: number(k.N), E: int(number(k.E).Int64())}
+			n, e := number(k.N), number(k.E)
+			if !e.IsInt64() || e.Int64() > math.MaxInt32 {
+				return publicKey{}, errors.New("the RSA exponent is too large")
+			}
+			key := &rsa.PublicKey{N: n, E: int(e.Int64())}
 			if key.N.BitLen() < 2048 || key.E < 3 {
 				return publicKey{}, errors.New("the RSA key is too weak")
 			}
 			return publicKey{rsa: key}, nil
 		case k.Kty == "EC" && k.Crv == "P-256" && alg == "ES256":
+			x, y := number(k.X), number(k.Y)
+			if x.BitLen() > 256 || y.BitLen() > 256 {
+				return publicKey{}, errors.New("the EC key is not on P-256")
+			}
 			point := make([]byte, 65)
-			point[0] = 4
-			number(k.X).FillBytes(point[1:33])
-			number(k.Y).FillBytes(point[33:])
+			point[0] = 4 // uncompressed
+			x.FillBytes(point[1:33])
+			y.FillBytes(point[33:])
 			key, err := ecdsa.ParseUncompressedPublicKey(elliptic.P256(), point)
 			if err != nil {
 				return publicKey{}, err
@@ -204,6 +206,15 @@ func findKey(set []byte, kid, alg string) (publicKey, error) {
 		}
 	}
 	return publicKey{}, fmt.Errorf("no %s key %q", alg, kid)
+}
+
+// number decodes a number of a key; what is none becomes 0, which no key accepts.
+func number(s string) *big.Int {
+	b, err := base64.RawURLEncoding.DecodeString(s)
+	if err != nil {
+		return new(big.Int)
+	}
+	return new(big.Int).SetBytes(b)
 }
 
 func (k publicKey) verify(signed string, signature []byte) bool {
