@@ -246,11 +246,11 @@ func serve(ctx context.Context, c *Config, log *slog.Logger) error {
 // could answer before it takes over from the first: until then no request is refused.
 func (d *daemon) keepRules(listeners []net.Listener, second bool) func(context.Context) error {
 	return func(ctx context.Context) error {
+		// It is in place; this also learns who owns the rules now, and so when somebody else takes over.
+		if err := d.rules.EnsureGuard(ctx); err != nil {
+			return err
+		}
 		if d.config.Redirect == "none" {
-			if !d.config.Guard {
-				<-ctx.Done()
-				return nil
-			}
 			return d.rules.Run(ctx)
 		}
 		if second {
