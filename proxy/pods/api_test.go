@@ -172,6 +172,10 @@ func (a *apiServer) compact() { a.locked(func() { a.rv++; a.compacted = a.rv }) 
 func (a *apiServer) set(f func()) { a.locked(f) }
 
 func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if !strings.HasPrefix(r.URL.Path, "/api/v1/") {
+		http.NotFound(w, r) // a client of somebody else, who had this port before
+		return
+	}
 	path := strings.Split(strings.TrimPrefix(r.URL.Path, "/api/v1/"), "/")
 	namespace := ""
 	if path[0] == "namespaces" && len(path) > 2 {

@@ -2,17 +2,19 @@ package pods
 
 import (
 	"context"
+	"encoding/json"
+	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"time"
 
+	"golang.org/x/time/rate"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/record"
-	"k8s.io/client-go/tools/record/util"
 
 	"github.com/imdsgate/imdsgate/proxy"
 )
@@ -25,7 +27,9 @@ const (
 	eventInterval  = 10 * time.Second // between reports of one reason about one pod that are looked at
 	eventBurst     = 5                // writes per object and reason, then one per eventRefill
 	eventRefill    = 5 * time.Minute
-	eventTextLimit = 1024 // the API's limit, in bytes
+	eventTextLimit = 1024      // the API's limit, in bytes
+	eventTTL       = time.Hour // the API server's default
+	eventSeries    = 1024      // remembered
 )
 
 type report struct {
@@ -34,8 +38,8 @@ type report struct {
 	reason, text     string
 }
 
-// events writes reports as Events: aggregated and limited by client-go's correlator, one at a time. client-go's own
-// broadcaster is not used: it outlives its context and retries each event for minutes before the next.
+// events writes reports as Events, one at a time; repetitions are counted on the Event that is there. client-go's recorder
+// is not used: it outlives its context, retries each event for minutes before the next, and brings seventy packages.
 type events struct {
 	client *rest.RESTClient
 	node   string
@@ -89,23 +93,48 @@ func (e *events) due(r report, now time.Time) bool {
 	return true
 }
 
+// series are the reports of one reason about one object, on one Event.
+type series struct {
+	limit *rate.Limiter
+	name  string // of the Event; empty: none was written
+	count int32
+	last  time.Time
+}
+
 func (e *events) run(ctx context.Context) {
-	correlator := record.NewEventCorrelatorWithOptions(record.CorrelatorOptions{
-		BurstSize: eventBurst,
-		QPS:       float32(1 / eventRefill.Seconds()),
-		SpamKeyFunc: func(ev *corev1.Event) string {
-			o := ev.InvolvedObject
-			return o.Kind + "/" + o.Namespace + "/" + o.Name + "/" + string(o.UID) + "/" + ev.Reason
-		},
-	})
+	known := make(map[seriesKey]*series)
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case r := <-e.queue:
-			e.write(ctx, correlator, e.event(r))
+			ev := e.event(r)
+			e.write(ctx, e.series(known, ev), ev)
 		}
 	}
+}
+
+type seriesKey struct {
+	object corev1.ObjectReference
+	reason string
+}
+
+// series finds or begins one; it forgets those that the API server has forgotten, and in need any.
+func (e *events) series(known map[seriesKey]*series, ev *corev1.Event) *series {
+	key := seriesKey{ev.InvolvedObject, ev.Reason}
+	s := known[key]
+	if s == nil {
+		for k, old := range known {
+			if ev.LastTimestamp.Sub(old.last) > eventTTL || len(known) >= eventSeries {
+				delete(known, k)
+			}
+		}
+		s = &series{limit: rate.NewLimiter(rate.Every(eventRefill), eventBurst)}
+		known[key] = s
+	}
+	s.count++
+	s.last = ev.LastTimestamp.Time
+	return s
 }
 
 func (e *events) event(r report) *corev1.Event {
@@ -114,11 +143,11 @@ func (e *events) event(r report) *corev1.Event {
 		about.Kind, about.Name, about.UID = "ServiceAccount", r.pod.ServiceAccount, ""
 	}
 	if len(r.text) > eventTextLimit {
-		r.text = r.text[:eventTextLimit]
+		r.text = strings.ToValidUTF8(r.text[:eventTextLimit], "")
 	}
 	now := metav1.Now()
 	return &corev1.Event{
-		ObjectMeta:          metav1.ObjectMeta{Namespace: about.Namespace, Name: util.GenerateEventName(about.Name, now.UnixNano())},
+		ObjectMeta:          metav1.ObjectMeta{Namespace: about.Namespace, Name: eventName(about.Name, now.Time)},
 		InvolvedObject:      about,
 		Reason:              r.reason,
 		Message:             r.text,
@@ -132,32 +161,34 @@ func (e *events) event(r report) *corev1.Event {
 	}
 }
 
-// write creates an Event, or counts it on one that is there. It does not try again: what causes it will happen again.
-func (e *events) write(ctx context.Context, correlator *record.EventCorrelator, ev *corev1.Event) {
-	result, err := correlator.EventCorrelate(ev)
-	if err != nil {
-		e.log.Warn("cannot aggregate an event", "error", err)
+// eventName is what kubectl and the recorder of client-go use: <object>.<time>, within the 253 bytes of a name.
+func eventName(object string, now time.Time) string {
+	suffix := fmt.Sprintf(".%x", now.UnixNano())
+	return strings.TrimRight(object[:min(len(object), 253-len(suffix))], ".-") + suffix
+}
+
+// write creates a series' Event, or counts on it. It does not try again: what causes it will happen again.
+func (e *events) write(ctx context.Context, s *series, ev *corev1.Event) {
+	if !s.limit.AllowN(s.last, 1) {
+		return // counted with the next
 	}
-	if result.Skip {
+	ev.Count = s.count
+	verb, err := "patch", error(nil)
+	if s.name != "" {
+		var patch []byte
+		if patch, err = json.Marshal(map[string]any{"count": ev.Count, "lastTimestamp": ev.LastTimestamp, "message": ev.Message}); err == nil {
+			err = e.client.Patch(types.MergePatchType).Namespace(ev.Namespace).Resource("events").Name(s.name).Body(patch).Do(ctx).Error()
+		}
+	}
+	if s.name == "" || apierrors.IsNotFound(err) { // Events expire
+		verb, err = "create", e.client.Post().Namespace(ev.Namespace).Resource("events").Body(ev).Do(ctx).Error()
+		if err == nil {
+			s.name = ev.Name
+		}
+	}
+	if err == nil || ctx.Err() != nil || apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause) {
 		return
 	}
-	ev = result.Event
-	var written corev1.Event
-	verb := "patch"
-	if ev.Count > 1 {
-		err = e.client.Patch(types.StrategicMergePatchType).Namespace(ev.Namespace).Resource("events").Name(ev.Name).
-			Body(result.Patch).Do(ctx).Into(&written)
-	}
-	if ev.Count == 1 || apierrors.IsNotFound(err) { // events expire after an hour
-		verb, ev.ResourceVersion = "create", ""
-		err = e.client.Post().Namespace(ev.Namespace).Resource("events").Body(ev).Do(ctx).Into(&written)
-	}
-	switch {
-	case err == nil:
-		correlator.UpdateState(&written)
-	case ctx.Err() != nil, apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause):
-	default:
-		e.log.Warn("cannot write an event", "namespace", ev.Namespace, "object", ev.InvolvedObject.Name, "reason", ev.Reason,
-			"error", explainForbidden(err, verb, "events"))
-	}
+	e.log.Warn("cannot write an event", "namespace", ev.Namespace, "object", ev.InvolvedObject.Name, "reason", ev.Reason,
+		"error", explainForbidden(err, verb, "events"))
 }

@@ -970,24 +970,70 @@ func TestEvents(t *testing.T) {
 	}
 }
 
-// The same report again is counted on the Event that is there, then left out.
+// The same report again is counted on the Event that is there, then left out; an Event that has expired is made anew.
 func TestEventsAggregate(t *testing.T) {
 	t.Parallel()
 	a := newAPIServer(t)
 	h := start(t, a, testPolicy()).synced(t)
-	r := report{pod: proxy.Pod{UID: "1", Namespace: "shop", Name: "a"}, reason: proxy.EventRoleDenied, text: "no"}
-	for range 50 {
-		h.Pods.events.queue <- r // past the interval between reports
+	queue := func(pod, text string) {
+		h.Pods.events.queue <- report{ // past the interval between reports
+			pod: proxy.Pod{UID: pod, Namespace: "shop", Name: pod}, reason: proxy.EventRoleDenied, text: text,
+		}
 	}
-	r.pod.Name, r.pod.UID = "b", "2"
-	h.Pods.events.queue <- r
+	queue("a", "first")
+	queue("a", "second")
+	h.until("the second", func() bool { return len(a.writes) == 2 })
+	if e := a.events[0]; e.Count != 2 || e.Message != "second" || !e.LastTimestamp.After(e.FirstTimestamp.Add(-time.Second)) {
+		t.Errorf("event %+v", e)
+	}
+	a.set(func() { a.events = nil })
+	for range 50 {
+		queue("a", "more")
+	}
+	queue("b", "other")
 	h.until("the last", func() bool { return len(a.events) == 2 })
-	want := []string{"create", "patch", "patch", "patch", "patch", "create"}
+	want := []string{"create", "patch", "patch", "create", "patch", "patch", "create"}
 	if d := cmp.Diff(want, a.writes); d != "" {
 		t.Errorf("writes (-want +got):\n%s", d)
 	}
-	if n := a.events[0].Count; n != 5 {
-		t.Errorf("count %d, want 5", n)
+	if e := a.events[0]; e.Count != 5 || e.InvolvedObject.Name != "a" {
+		t.Errorf("event %+v", e)
+	}
+	a.set(func() { a.forbidden["create events"] = true })
+	queue("c", "forbidden")
+	h.until("the log", func() bool {
+		go a.locked(func() {})
+		return strings.Contains(h.log.String(), "the permission to create events is missing")
+	})
+}
+
+func TestEventSeriesAreBounded(t *testing.T) {
+	e := newEvents(nil, nodeName, nil)
+	known := map[seriesKey]*series{}
+	for i := range 10 * eventSeries {
+		e.series(known, e.event(report{pod: proxy.Pod{UID: fmt.Sprint(i)}}))
+		if len(known) > eventSeries {
+			t.Fatalf("%d series", len(known))
+		}
+	}
+	for _, s := range known {
+		s.last = s.last.Add(-eventTTL - time.Second)
+	}
+	e.series(known, e.event(report{pod: proxy.Pod{UID: "new"}}))
+	if len(known) != 1 {
+		t.Errorf("%d series are left after an hour", len(known))
+	}
+}
+
+func TestEventName(t *testing.T) {
+	now := time.Unix(0, 0x1234567890abcdef)
+	for in, want := range map[string]string{
+		"cart-0": "cart-0.1234567890abcdef",
+		strings.Repeat("a", 235) + "-" + "bcdefg": strings.Repeat("a", 235) + ".1234567890abcdef",
+	} {
+		if got := eventName(in, now); got != want || len(got) > 253 {
+			t.Errorf("eventName(%s) = %s", in, got)
+		}
 	}
 }
 
