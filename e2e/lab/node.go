@@ -145,8 +145,15 @@ func (n *Node) connect() (err error) {
 		}
 	}
 	if err == nil && n.options.Masquerade {
-		_, err = n.Run(context.Background(), "iptables", "-t", "nat", "-A", "POSTROUTING", "-s", v4.String(), "-o", "eth0", "-j", "MASQUERADE")
+		err = n.Masquerade(context.Background())
 	}
+	return err
+}
+
+// Masquerade lets pods leave with the node's address, as most CNI plugins do.
+func (n *Node) Masquerade(ctx context.Context) error {
+	v4, _ := n.podNetworks()
+	_, err := n.Run(ctx, "iptables", "-t", "nat", "-A", "POSTROUTING", "-s", v4.String(), "-o", "eth0", "-j", "MASQUERADE")
 	return err
 }
 

@@ -289,7 +289,7 @@ func (p *Pod) Dial(ctx context.Context, network, address string) (net.Conn, erro
 	return p.Net.Dial(ctx, network, address)
 }
 
-// Ping sends one ICMP echo request and waits up to a second for the reply.
+// Ping sends one ICMP echo request and waits for the reply until ctx is done, a second at most.
 func (p *Pod) Ping(ctx context.Context, ip string) error {
 	network, request := "ip4:icmp", byte(8)
 	if strings.Contains(ip, ":") {
@@ -308,7 +308,13 @@ func (p *Pod) Ping(ctx context.Context, ip string) error {
 	if _, err := c.Write(packet); err != nil {
 		return err
 	}
-	c.SetReadDeadline(time.Now().Add(time.Second))
+	deadline := time.Now().Add(time.Second)
+	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
+		deadline = d
+	}
+	if err := c.SetReadDeadline(deadline); err != nil {
+		return err
+	}
 	_, err = c.Read(make([]byte, 256))
 	return err
 }
