@@ -41,6 +41,7 @@ type Config struct {
 	Guard         bool
 	GuardPriority int
 	Interface     string
+	StartupTaint  string
 	StateDir      string
 
 	LogLevel  slog.Level
@@ -107,6 +108,7 @@ func (c *Config) flags(hostIPs *[]string) *flag.FlagSet {
 	fs.BoolVar(&c.Guard, "guard", true, "keep the policy-routing rules that refuse pods the real endpoint")
 	fs.IntVar(&c.GuardPriority, "guard-priority", 0, "`priority` of the guard's first rules")
 	fs.StringVar(&c.Interface, "interface", "", "match the incoming interface too, such as eni+ or !eth0; empty: any")
+	fs.StringVar(&c.StartupTaint, "startup-taint", "", "taint `key` removed from the node once pods would be answered; needs get and patch on nodes")
 	fs.StringVar(&c.StateDir, "state-dir", "/run/imdsgate", "`directory` of the token key and of the rules' ownership; empty: keep nothing")
 	fs.StringVar(&c.MetadataAddr, "metadata-addr", "169.254.169.254", "`address` of the real metadata endpoint, for passthrough")
 	fs.TextVar(&c.LogLevel, "log-level", slog.LevelInfo, "debug, info, warn or error")

@@ -157,7 +157,9 @@ func (d *daemon) ready(context.Context) error {
 	if !d.pods.Synced() {
 		errs = append(errs, errors.New("the pods of this node are not known yet"))
 	}
-	if d.config.Redirect != "none" && !d.redirected.Load() {
+	select {
+	case <-d.redirected:
+	default:
 		errs = append(errs, errors.New("pods are not sent here yet"))
 	}
 	if d.config.Redirect != "none" || d.config.Guard {

@@ -11,7 +11,6 @@ import (
 	"net/netip"
 	"runtime"
 	"runtime/debug"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -118,12 +117,12 @@ type daemon struct {
 	pods    *pods.Pods
 	cache   *cache.Cache
 	server  *proxy.Server
-	// redirected is set once pods are sent here. A second instance is not ready before: the first would be ended too soon.
-	redirected atomic.Bool
+	// redirected is closed once pods are sent here. A second instance is not ready before: the first would be ended too soon.
+	redirected chan struct{}
 }
 
 func newDaemon(ctx context.Context, c *Config, log *slog.Logger) (*daemon, error) {
-	d := &daemon{config: c, log: log, metrics: newRegistry()}
+	d := &daemon{config: c, log: log, metrics: newRegistry(), redirected: make(chan struct{})}
 	var err error
 	if d.rules, err = iptables.New(c.rules(log, d.metrics)); err != nil {
 		return nil, err
@@ -231,6 +230,10 @@ func serve(ctx context.Context, c *Config, log *slog.Logger) error {
 	task(rest, "watch the pods", d.pods.Run)
 	task(rest, "issue credentials", d.cache.Run)
 	task(rest, "keep the rules", d.keepRules(listeners, second))
+	task(rest, "check the node's name", d.untilDone("the node's name may be wrong", d.pods.NodeExists))
+	if c.StartupTaint != "" {
+		task(rest, "remove the startup taint", d.untilDone("the startup taint stays", d.removeTaint))
+	}
 	g.Go(func() error {
 		defer end()
 		if err := d.server.Serve(serving, listeners...); err != nil && serving.Err() == nil {
@@ -242,6 +245,45 @@ func serve(ctx context.Context, c *Config, log *slog.Logger) error {
 	return g.Wait()
 }
 
+// untilDone returns a task that tries until it succeeds, with a log line for each failure, and then has nothing left to do.
+func (d *daemon) untilDone(failed string, try func(context.Context) error) func(context.Context) error {
+	return func(ctx context.Context) error {
+		for pause := time.Second; ; pause = min(2*pause, time.Minute) {
+			err := try(ctx)
+			if err == nil || ctx.Err() != nil {
+				<-ctx.Done()
+				return nil
+			}
+			d.log.ErrorContext(ctx, failed, "error", err.Error(), "retry_in", pause.String())
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-time.After(pause):
+			}
+		}
+	}
+}
+
+// removeTaint lets pods onto the node, once they would be answered. Nothing puts the taint back on exit: the rules stay.
+func (d *daemon) removeTaint(ctx context.Context) error {
+	if err := d.pods.WaitSynced(ctx); err != nil {
+		return err
+	}
+	select {
+	case <-d.redirected:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	if err := d.ready(ctx); err != nil {
+		return fmt.Errorf("not ready: %w", err)
+	}
+	if err := d.pods.RemoveTaint(ctx, d.config.StartupTaint); err != nil {
+		return err
+	}
+	d.log.InfoContext(ctx, "the node is free of the startup taint", "taint", d.config.StartupTaint)
+	return nil
+}
+
 // keepRules returns the task that sends pods here and keeps it so. A second instance on the node (an update) waits until it
 // could answer before it takes over from the first: until then no request is refused.
 func (d *daemon) keepRules(listeners []net.Listener, second bool) func(context.Context) error {
@@ -251,6 +293,7 @@ func (d *daemon) keepRules(listeners []net.Listener, second bool) func(context.C
 			return err
 		}
 		if d.config.Redirect == "none" {
+			close(d.redirected)
 			return d.rules.Run(ctx)
 		}
 		if second {
@@ -265,7 +308,7 @@ func (d *daemon) keepRules(listeners []net.Listener, second bool) func(context.C
 		if err := d.rules.EnsureRedirect(ctx, to); err != nil {
 			return err
 		}
-		d.redirected.Store(true)
+		close(d.redirected)
 		return d.rules.Run(ctx)
 	}
 }
