@@ -65,7 +65,7 @@ const (
 	maxGlobs      = 500
 	maxGlobsBytes = 32 << 10 // of the whole annotation
 	maxRegexp     = 8 << 10  // bytes
-	maxRegexpSize = 20000    // instructions, roughly: repetitions count as often as they may repeat
+	maxRegexpSize = 10000    // instructions, roughly: repetitions count as often as they may repeat
 )
 
 // Policy decides which role a pod may have: pure, total on any input, safe for concurrent use. Prefetch and requests use the
