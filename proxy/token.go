@@ -148,7 +148,7 @@ func loadTokenKey(dir string) ([]byte, error) {
 	if !link.IsDir() || !os.SameFile(link, opened) {
 		return nil, errors.New("must be a directory, not a symbolic link")
 	}
-	if err := trusted(opened, noWriteMode); err != nil {
+	if err := trusted("the directory", opened, noWriteMode); err != nil {
 		return nil, err
 	}
 	key, err := readTokenKey(root)
@@ -178,7 +178,7 @@ func readTokenKey(root *os.Root) ([]byte, error) {
 	if !os.SameFile(link, opened) || !opened.Mode().IsRegular() || opened.Size() != tokenKeySize {
 		return nil, fmt.Errorf("%s must be a regular file of %d bytes: remove it", tokenKeyFile, tokenKeySize)
 	}
-	if err := trusted(opened, ownerOnlyMode); err != nil {
+	if err := trusted(tokenKeyFile, opened, ownerOnlyMode); err != nil {
 		return nil, err
 	}
 	key := make([]byte, tokenKeySize)
@@ -209,16 +209,16 @@ func createTokenKey(root *os.Root) error {
 }
 
 // trusted wants root or this process as the owner, and none of the forbidden permission bits.
-func trusted(fi fs.FileInfo, forbidden fs.FileMode) error {
+func trusted(name string, fi fs.FileInfo, forbidden fs.FileMode) error {
 	st, ok := fi.Sys().(*syscall.Stat_t)
 	if !ok {
-		return fmt.Errorf("%s: no owner known", fi.Name())
+		return fmt.Errorf("%s: no owner known", name)
 	}
 	if st.Uid != 0 && int64(st.Uid) != int64(os.Geteuid()) {
-		return fmt.Errorf("%s belongs to uid %d: it must belong to root or to uid %d", fi.Name(), st.Uid, os.Geteuid())
+		return fmt.Errorf("%s belongs to uid %d: chown it to root or to uid %d", name, st.Uid, os.Geteuid())
 	}
 	if fi.Mode().Perm()&forbidden != 0 {
-		return fmt.Errorf("%s has mode %#o: others must have none of %#o", fi.Name(), fi.Mode().Perm(), forbidden)
+		return fmt.Errorf("%s has mode %#o: chmod it to %#o", name, fi.Mode().Perm(), fi.Mode().Perm()&^forbidden)
 	}
 	return nil
 }

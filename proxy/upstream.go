@@ -74,7 +74,8 @@ func canonicalAllow(allow string) (string, error) {
 		}
 		switch {
 		case segment == macSegment && i == strings.Count(macList, "/")-1 && strings.HasPrefix(p, macList):
-		case segment == "" || segment == "." || segment == "..":
+		case segment == "" || segment == "." || segment == "..",
+			i == 2 && (segment == "latest" || segment == "meta-data" || segment == "dynamic"): // nothing behind them
 			return fail("it is not canonical")
 		case strings.ContainsFunc(segment, notPathRune):
 			return fail("a segment consists of letters, digits and -._:@=+, only")
