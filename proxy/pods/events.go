@@ -44,6 +44,7 @@ type events struct {
 	client *rest.RESTClient
 	node   string
 	log    *slog.Logger
+	uid    func(types.NamespacedName) types.UID // of a service account: kubectl describe asks for Events by UID
 	queue  chan report
 
 	mu     sync.Mutex
@@ -52,9 +53,9 @@ type events struct {
 
 type recentKey struct{ namespace, name, uid, reason string }
 
-func newEvents(client *rest.RESTClient, node string, log *slog.Logger) *events {
+func newEvents(client *rest.RESTClient, node string, log *slog.Logger, uid func(types.NamespacedName) types.UID) *events {
 	return &events{
-		client: client, node: node, log: log,
+		client: client, node: node, log: log, uid: uid,
 		queue: make(chan report, eventQueue), recent: make(map[recentKey]time.Time),
 	}
 }
@@ -140,7 +141,8 @@ func (e *events) series(known map[seriesKey]*series, ev *corev1.Event) *series {
 func (e *events) event(r report) *corev1.Event {
 	about := corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: r.pod.Namespace, Name: r.pod.Name, UID: types.UID(r.pod.UID)}
 	if r.onServiceAccount {
-		about.Kind, about.Name, about.UID = "ServiceAccount", r.pod.ServiceAccount, ""
+		about.Kind, about.Name = "ServiceAccount", r.pod.ServiceAccount
+		about.UID = e.uid(types.NamespacedName{Namespace: r.pod.Namespace, Name: r.pod.ServiceAccount})
 	}
 	if len(r.text) > eventTextLimit {
 		r.text = strings.ToValidUTF8(r.text[:eventTextLimit], "")

@@ -86,7 +86,7 @@ func New(o Options) (*Pods, error) {
 		accounts:   make(map[types.NamespacedName]*used),
 		namespaces: make(map[types.NamespacedName]*used),
 	}
-	p.events = newEvents(client, o.Node, o.Log)
+	p.events = newEvents(client, o.Node, o.Log, p.accountUID)
 	if err := o.Metrics.Register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "imdsgate_pods",
 		Help: "Pods of this node that may ask for credentials.",

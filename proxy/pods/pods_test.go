@@ -962,7 +962,7 @@ func TestEvents(t *testing.T) {
 	}
 	want := []brief{
 		{"Pod", "shop", "a", "uid-a", "RoleConflict", "Warning", "imdsgate", nodeName},
-		{"ServiceAccount", "shop", "cart", "", "InvalidRoleARN", "Warning", "imdsgate", nodeName},
+		{"ServiceAccount", "shop", "cart", "sa-cart", "InvalidRoleARN", "Warning", "imdsgate", nodeName},
 		{"Pod", "shop", "a", "uid-a", "RoleDenied", "Warning", "imdsgate", nodeName},
 	}
 	if d := cmp.Diff(want, got); d != "" {
@@ -1008,7 +1008,7 @@ func TestEventsAggregate(t *testing.T) {
 }
 
 func TestEventSeriesAreBounded(t *testing.T) {
-	e := newEvents(nil, nodeName, nil)
+	e := newEvents(nil, nodeName, nil, nil)
 	known := map[seriesKey]*series{}
 	for i := range 10 * eventSeries {
 		e.series(known, e.event(report{pod: proxy.Pod{UID: fmt.Sprint(i)}}))
@@ -1038,7 +1038,7 @@ func TestEventName(t *testing.T) {
 }
 
 func TestEventsDue(t *testing.T) {
-	e := newEvents(nil, nodeName, nil)
+	e := newEvents(nil, nodeName, nil, nil)
 	now := time.Now()
 	r := report{pod: proxy.Pod{UID: "1"}, reason: "A"}
 	other := report{pod: proxy.Pod{UID: "1"}, reason: "B"}

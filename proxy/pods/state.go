@@ -273,6 +273,15 @@ func (p *Pods) unuse(all map[types.NamespacedName]*used, u *used, by *resident) 
 	}
 }
 
+func (p *Pods) accountUID(name types.NamespacedName) types.UID {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if u := p.accounts[name]; u != nil {
+		return u.uid
+	}
+	return ""
+}
+
 // seen takes a service account or namespace as it is now.
 func (p *Pods) seen(c *change, u *used, o object) {
 	if u.known && u.object.equal(o) {
