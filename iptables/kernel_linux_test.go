@@ -3,6 +3,7 @@ package iptables
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"log/slog"
 	"net"
@@ -382,17 +383,24 @@ func installed(t testing.TB, kind string) string {
 	t.Helper()
 	var b strings.Builder
 	for _, f := range families {
-		for _, line := range strings.Split(run(t, commandOf(f, kind)+"-save"), "\n") {
-			if strings.Contains(line, chainName) {
-				fmt.Fprintln(&b, volatile.ReplaceAllString(line, ""))
+		for _, w := range ourTables {
+			for _, line := range strings.Split(run(t, commandOf(f, kind)+"-save -t "+w.name), "\n") {
+				if strings.Contains(line, chainName) {
+					fmt.Fprintln(&b, volatile.ReplaceAllString(line, ""))
+				}
 			}
 		}
 	}
 	return b.String()
 }
 
+var update = flag.Bool("update", false, "write testdata")
+
 func golden(t testing.TB, name, got string) {
 	t.Helper()
+	if *update {
+		must(t, os.WriteFile(filepath.Join("testdata", name), []byte(got), 0o644))
+	}
 	want, err := os.ReadFile(filepath.Join("testdata", name))
 	must(t, err)
 	if d := cmp.Diff(string(want), got); d != "" {

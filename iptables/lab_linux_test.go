@@ -607,7 +607,15 @@ var volatile = regexp.MustCompile(`(?m)^#.*\n|\[\d+:\d+\]`)
 func rules(t testing.TB) map[string]string {
 	t.Helper()
 	all := map[string]string{}
-	for _, c := range []string{"ip rule", "ip -6 rule", "iptables-nft-save", "ip6tables-nft-save", "iptables-legacy-save", "ip6tables-legacy-save"} {
+	commands := []string{"ip rule", "ip -6 rule"}
+	for _, kind := range kinds {
+		for _, f := range families {
+			for _, table := range []string{"nat", "filter", "mangle"} { // legacy lists all of them for the machine's root alone
+				commands = append(commands, commandOf(f, kind)+"-save -t "+table)
+			}
+		}
+	}
+	for _, c := range commands {
 		all[c] = volatile.ReplaceAllString(run(t, c), "")
 	}
 	return all
