@@ -286,7 +286,9 @@ func (p *Policy) key(s Subject, a annotated) (cache.Key, *Refusal) {
 		}
 	}
 	if p.Issuer == IssuerWebIdentity {
-		return k, p.webIdentityKey(&k, a)
+		var refusal *Refusal
+		k.Audience, refusal = p.audience(a)
+		return k, refusal
 	}
 	if id := a.externalID; id.value != "" {
 		if n := len(id.value); n < 2 || n > 1224 || !only(id.value, isExternalIDByte) {
@@ -300,21 +302,22 @@ func (p *Policy) key(s Subject, a annotated) (cache.Key, *Refusal) {
 	return k, nil
 }
 
-func (p *Policy) webIdentityKey(k *cache.Key, a annotated) *Refusal {
+// audience of the web identity token. What AssumeRoleWithWebIdentity does not take is refused: to leave an external ID out
+// would be to ignore what somebody relies on.
+func (p *Policy) audience(a annotated) (string, *Refusal) {
 	if a.externalID.value != "" {
-		return a.externalID.invalid(EventInvalidAnnotation,
+		return "", a.externalID.invalid(EventInvalidAnnotation,
 			"AssumeRoleWithWebIdentity takes no external ID; remove the annotation and let the role's trust policy name the service account instead")
 	}
-	switch audience := a.audience.value; {
-	case audience == "" && len(p.Audiences) > 0:
-		k.Audience = p.Audiences[0]
-	case audience == "" || !slices.Contains(p.Audiences, audience):
-		return a.audience.invalid(EventInvalidAnnotation, "%s is none of the audiences that imdsgate was given with -audiences: %s",
-			quoted(audience), quoted(strings.Join(p.Audiences, ",")))
-	default:
-		k.Audience = audience
+	audience := a.audience.value
+	if audience == "" && len(p.Audiences) > 0 {
+		audience = p.Audiences[0]
 	}
-	return nil
+	if !slices.Contains(p.Audiences, audience) {
+		return "", a.audience.invalid(EventInvalidAnnotation, "%s is none of the audiences that imdsgate was given with -audiences: %s",
+			quoted(audience), quoted(strings.Join(p.Audiences, ",")))
+	}
+	return audience, nil
 }
 
 // checkDuration returns the duration in whole seconds, as STS takes it.
@@ -504,7 +507,7 @@ func (p *Policy) advise(namespace, role string) string {
 	}
 	text := fmt.Sprintf("namespace %s permits no role: it has no %s annotation", namespace, name)
 	harmless := func(c byte) bool { return isExternalIDByte(c) }
-	if !only(role, harmless) || !only(namespace, isLowerDigitDash) {
+	if !only(role, harmless) || !only(namespace, isLowerDigitDash) || len(text)+len(value) > maxText-200 {
 		return text + " that would permit " + quoted(role)
 	}
 	return fmt.Sprintf("%s; to permit the role: kubectl annotate namespace %s %s='%s'", text, namespace, name, value)

@@ -160,6 +160,10 @@ func TestAuthorizeRefuses(t *testing.T) {
 			parts: []string{`"my-role"`, "-base-role-arn"}},
 		{name: "namespace not known", account: withRole(), subject: func(s *Subject) { s.Namespace = nil }, want: Refusal{Kind: Denied, Event: EventRoleDenied},
 			parts: []string{"namespace shop"}},
+		{name: "long role", account: withRole(AnnotationRoleARN, "arn:minio:iam:::role/"+strings.Repeat("x/", 1000)+"r"), subject: func(s *Subject) { s.Namespace = &NamespaceRules{hasGlobs: true} },
+			want: Refusal{Kind: Denied, Event: EventRoleDenied}, parts: []string{"does not permit role arn:minio", "x/…"}},
+		{name: "role too long for a command", account: withRole(AnnotationRoleARN, "arn:minio:iam:::role/"+strings.Repeat("x/", 500)+"r"), subject: func(s *Subject) { s.Namespace = &NamespaceRules{} },
+			want: Refusal{Kind: Denied, Event: EventRoleDenied}, parts: []string{"annotation that would permit \"arn:minio"}},
 		{name: "duration", account: withRole(AnnotationSessionDuration, "an hour"), want: Refusal{Kind: Invalid, Event: EventInvalidAnnotation, OnServiceAccount: true},
 			parts: []string{AnnotationSessionDuration, `"an hour"`, "90m"}},
 		{name: "short duration", account: withRole(AnnotationSessionDuration, "44m59s"), want: Refusal{Kind: Invalid, Event: EventInvalidAnnotation, OnServiceAccount: true}, parts: []string{"45m to 12h"}},
@@ -182,9 +186,9 @@ func TestAuthorizeRefuses(t *testing.T) {
 			if tt.subject != nil {
 				tt.subject(&s)
 			}
-			grant, got, _ := p.Authorize(s)
-			if grant != nil || got == nil {
-				t.Fatalf("granted %+v", grant)
+			grant, got, conflict := p.Authorize(s)
+			if grant != nil || got == nil || conflict != "" {
+				t.Fatalf("granted %+v, conflict %q", grant, conflict)
 			}
 			checkText(t, got.Text)
 			for _, part := range tt.parts {
@@ -390,6 +394,9 @@ func TestSessionNames(t *testing.T) {
 	}
 	if a, b := name(long, long, "node", ""), name(long, long+"y", "node", ""); a == b {
 		t.Errorf("two service accounts have the session name %q", a)
+	}
+	if a, b := name("shop", "cart", "node", long+"/x"), name("shop", "cart", "node", long+":x"); a == b {
+		t.Errorf("two sessions have the name %q", a)
 	}
 	if n := name("shop", "cart", "node", name(long, long, "node", "")); strings.Contains(n, "@") || n == name(long, long, "node", "") {
 		t.Errorf("a pod appears as another one: %q", n)
