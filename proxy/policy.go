@@ -57,6 +57,9 @@ const (
 	MaxChainedSessionDuration = time.Hour
 )
 
+// maxTagValue is STS's limit for the value of a session tag.
+const maxTagValue = 256
+
 // maxText bounds what a refusal says, in bytes.
 const maxText = 1024
 
@@ -126,6 +129,9 @@ func (p *Policy) Validate() error {
 	}
 	if p.SessionTags && webIdentity {
 		fail("-session-tags cannot be used with -issuer %s: AssumeRoleWithWebIdentity takes no tags", IssuerWebIdentity)
+	}
+	if p.SessionTags && (len(p.ClusterName) > maxTagValue || !only(p.ClusterName, isTagByte)) {
+		fail("-cluster-name %s: as a session tag it must be at most %d letters, digits and _.:/=+-@", quoted(p.ClusterName), maxTagValue)
 	}
 	if p.Chained && webIdentity {
 		fail("-intermediate-role-arn cannot be used with -issuer %s: the token assumes the pod's role itself", IssuerWebIdentity)
@@ -359,6 +365,9 @@ func firstLabel(host string) string {
 
 // isExternalIDByte is [\w+=,.@:/-].
 func isExternalIDByte(c byte) bool { return isNameByte(c) || c == ':' || c == '/' }
+
+// isTagByte is of the value of a session tag. STS takes letters of any script and spaces too; names of clusters have none.
+func isTagByte(c byte) bool { return isExternalIDByte(c) && c != ',' }
 
 // oneLine bounds a text that is shown to pods and in Events: printable, at most maxText bytes.
 func oneLine(s string) string {

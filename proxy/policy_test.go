@@ -431,6 +431,9 @@ func TestPolicyValidate(t *testing.T) {
 		{"long duration", func(p *Policy) { p.SessionDuration = 13 * time.Hour }, []string{"-session-duration"}},
 		{"chained duration", func(p *Policy) { p.Chained, p.SessionDuration = true, 2*time.Hour }, []string{"-intermediate-role-arn"}},
 		{"web identity takes no tags and chains nothing", func(p *Policy) { p.Issuer, p.SessionTags, p.Chained = IssuerWebIdentity, true, true }, []string{"-session-tags", "-intermediate-role-arn"}},
+		{"cluster name", func(p *Policy) { p.SessionTags, p.ClusterName = true, "prod, east" }, []string{"-cluster-name"}},
+		{"long cluster name", func(p *Policy) { p.SessionTags, p.ClusterName = true, strings.Repeat("x", 257) }, []string{"-cluster-name"}},
+		{"any cluster name without tags", func(p *Policy) { p.ClusterName = "prod, east" }, nil},
 		{"audiences", func(p *Policy) { p.Issuer, p.Audiences = IssuerWebIdentity, nil }, []string{"-audiences"}},
 		{"empty audience", func(p *Policy) { p.Audiences = []string{"a", ""} }, []string{"-audiences"}},
 	} {
