@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/netip"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -32,24 +33,30 @@ func (o one) Get(context.Context, cache.Key) (*cache.Credentials, error) {
 	return o.creds, nil
 }
 
-// newHit returns a Server whose pod's credentials are in a real cache.
+// issuedBy returns what a real cache has for the grants.
+func issuedBy(t testing.TB, grants ...*Grant) []*cache.Credentials {
+	t.Helper()
+	c := cache.New(cache.Options{Issuer: &issuer{calls: map[string]int{}}, Live: (&lab{callers: newCallers()}).live, Encode: Encode})
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() { _ = c.Run(ctx) })
+	defer wg.Wait()
+	defer cancel()
+	var all []*cache.Credentials
+	for _, g := range grants {
+		creds, err := c.Get(ctx, g.Key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, creds)
+	}
+	return all
+}
+
+// newHit returns a Server whose pod's credentials are there.
 func newHit(t testing.TB) *Server {
 	t.Helper()
-	is := &issuer{calls: map[string]int{}}
-	c := cache.New(cache.Options{Issuer: is, Live: (&lab{callers: newCallers()}).live, Encode: Encode})
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		_ = c.Run(ctx)
-	}()
-	key := grant("team/my-role").Key
-	creds, err := c.Get(t.Context(), key)
-	cancel()
-	<-done
-	if err != nil {
-		t.Fatal(err)
-	}
+	creds := issuedBy(t, grant("team/my-role"))[0]
 	pod := caller("role", grant("team/my-role"), nil)
 	pod.Since = time.Now().Add(-time.Hour)
 	o := one{pod, creds}
