@@ -128,6 +128,7 @@ func TestBothClocks(t *testing.T) {
 		{"clock behind, at the end", 2 * hour, hour, 59 * min, 59 * min, false, true},
 		{"clock ahead", -30 * min, hour, 10 * min, 10 * min, true, false},
 		{"clock ahead, at the end", -30 * min, hour, 29 * min, 29 * min, false, true},
+		{"clock far ahead, at the end", -59*min + 10*time.Second, hour, 10 * time.Second, 10 * time.Second, false, true},
 		{"duration not known", 0, 0, 58 * min, 58 * min, true, true},
 		{"duration not known, at the end", 0, 0, 59 * min, 59 * min, false, true},
 	} {

@@ -53,7 +53,7 @@ func newValue(creds Credentials, duration time.Duration, now time.Time, encode f
 	if encode != nil {
 		creds = creds.withDocument(encode(creds))
 	}
-	age := jittered(life/2, rand.Float64())
+	age := min(jittered(life/2, rand.Float64()), life-margin) // with little left the end of serving comes before half life
 	return &value{
 		creds:          creds,
 		serveUntil:     now.Add(life - margin),
