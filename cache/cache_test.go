@@ -1048,9 +1048,9 @@ func TestRunEnds(t *testing.T) {
 // After thousands of random events it still holds that a key's issues do not overlap (fakeSTS looks), that what is served
 // belongs to its key and has more than 60 s left, and that a session that was issued is served until then.
 func TestRandomSchedules(t *testing.T) {
-	seeds := 60
+	seeds := 25
 	if testing.Short() {
-		seeds = 20
+		seeds = 5
 	}
 	for seed := range seeds {
 		synctest.Test(t, func(t *testing.T) { randomSchedule(t, rand.New(rand.NewPCG(uint64(seed), 1))) })
