@@ -16,5 +16,7 @@
 //
 // TestPrograms proves the programs, and that a hang, an abort and a failed refresh are seen as such,
 // against a scripted endpoint. TestClients is the matrix of clients and situations against the
-// daemon: no client aborts or hangs in any of them, and each has the outcome.
+// daemon, on lab nodes: whose credentials each gets, that no client aborts or hangs over any answer,
+// and that none of their packets reaches the node's real endpoint. Requests are counted on the wire,
+// on the pod's side. The table of outcomes is printed and written to e2e/out/clients.md.
 package clients

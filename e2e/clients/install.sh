@@ -7,6 +7,8 @@ cd "$(dirname "$0")"
 
 packages=(awscli python3-boto3 python3-awscrt python3-boto ruby-aws-sdk-core
   iptables nftables conntrack iproute2 openssl jq)
+# The race detector needs a C compiler.
+command -v gcc >/dev/null || packages+=(gcc libc6-dev)
 command -v node >/dev/null || packages+=(nodejs)
 command -v npm >/dev/null || packages+=(npm)
 

@@ -1,6 +1,7 @@
-"""Debian's python3-awscrt 0.16.8 (aws-c-auth of early 2023): requests without Host, no first-byte
-timeout, and a fatal assertion on a document it cannot use. The default chain caches for 15 minutes
-and cannot be told to refresh from Python, so a fetch is a new chain."""
+"""Debian's python3-awscrt 0.16.8 (aws-c-auth of early 2023): requests without Host, no session
+token beyond 64 characters, no first-byte timeout, and a fatal assertion on a document it cannot use.
+The default chain caches for 15 minutes and cannot be told to refresh from Python, so a fetch is a
+new chain."""
 
 from awscrt.auth import AwsCredentialsProvider
 from awscrt.io import ClientBootstrap, DefaultHostResolver, EventLoopGroup

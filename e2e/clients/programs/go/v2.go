@@ -12,8 +12,8 @@ import (
 )
 
 // sdkV2 is the default chain of a program without configuration, which ends at the instance role;
-// the client under it keeps its token between fetches. Where an STS endpoint is named, the
-// credentials are used once, by GetCallerIdentity.
+// the client under it keeps its token between fetches. With CALLER_IDENTITY set, each fetch is
+// followed by the call that uses the credentials: GetCallerIdentity.
 func sdkV2() (fetch, error) {
 	ctx := context.Background()
 	cfg, err := config.LoadDefaultConfig(ctx)
@@ -31,7 +31,7 @@ func sdkV2() (fetch, error) {
 			return credentials{}, fmt.Errorf("go-v2: %w", err)
 		}
 		c := credentials{accessKeyID: v.AccessKeyID, expiration: v.Expires}
-		if os.Getenv("AWS_ENDPOINT_URL_STS") == "" {
+		if os.Getenv("CALLER_IDENTITY") == "" {
 			return c, nil
 		}
 		id, err := sts.NewFromConfig(cfg).GetCallerIdentity(ctx, nil)
