@@ -21,6 +21,9 @@ const (
 	metaData = "/latest/meta-data/"
 	roleList = metaData + "iam/security-credentials"
 
+	tokenHeader    = "X-Aws-Ec2-Metadata-Token"
+	tokenTTLHeader = "X-Aws-Ec2-Metadata-Token-Ttl-Seconds"
+
 	get = "GET, HEAD"
 	put = "PUT"
 )
@@ -294,14 +297,12 @@ func (q request) credentialsFailed(c *Caller, err error) answer {
 
 // Values of headers that never change; net/http does not write to them.
 var (
-	serverValue    = []string{"EC2ws"}
-	typeValue      = []string{"text/plain"}
-	closeValue     = []string{"close"}
-	retryValue     = []string{"1"}
-	allowGetValue  = []string{get}
-	allowPutValue  = []string{put}
-	tokenHeader    = "X-Aws-Ec2-Metadata-Token"
-	tokenTTLHeader = "X-Aws-Ec2-Metadata-Token-Ttl-Seconds"
+	serverValue   = []string{"EC2ws"}
+	typeValue     = []string{"text/plain"}
+	closeValue    = []string{"close"}
+	retryValue    = []string{"1"}
+	allowGetValue = []string{get}
+	allowPutValue = []string{put}
 )
 
 func (s *Server) write(w http.ResponseWriter, r *http.Request, rt *route, a answer) int {

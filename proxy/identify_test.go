@@ -68,7 +68,7 @@ func TestNewServerRefuses(t *testing.T) {
 		"169.254.169.254": "http://169.254.169.254", "127.0.0.1:1338": "http://127.0.0.1:1338", "fd00:ec2::254": "http://[fd00:ec2::254]",
 		"[fd00:ec2::254]:80": "http://[fd00:ec2::254]:80", "metadata.example:80": "http://metadata.example:80",
 	} {
-		if u, err := newUpstream(addr, 1); err != nil || u.base != want {
+		if u, err := newUpstream(addr, 1, nil); err != nil || u.base != want {
 			t.Errorf("%s: %v, %v", addr, u, err)
 		}
 	}

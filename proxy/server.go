@@ -103,7 +103,7 @@ func NewServer(o Options) (*Server, error) {
 	if o.MetadataAddr == "" {
 		o.MetadataAddr = MetadataIPv4
 	}
-	up, err := newUpstream(o.MetadataAddr, o.Hold*2/3)
+	up, err := newUpstream(o.MetadataAddr, o.Hold*2/3, o.Log)
 	if err != nil {
 		return nil, err
 	}

@@ -32,6 +32,7 @@ const (
 	reasonIdentify   = "other"
 
 	reasonUnavailable = "unavailable" // neither denied nor unidentified
+	reasonAbsent      = "absent"      // the same
 )
 
 // fault is an answer that needs no more than itself to be explained.
@@ -54,6 +55,7 @@ var (
 	errFlood     = &fault{http.StatusServiceUnavailable, reasonFlood, "too many requests without a valid session token"}
 	errOtherRole = &fault{http.StatusNotFound, reasonOtherRole, "not the role of this pod"}
 	errUndecided = &fault{http.StatusServiceUnavailable, reasonIncomplete, "the role of this pod is not decided yet, ask again"}
+	errAbsent    = &fault{http.StatusNotFound, reasonAbsent, "this instance has no such metadata"}
 	errUpstream  = &fault{http.StatusServiceUnavailable, reasonUnavailable, "the instance's metadata endpoint does not answer, ask again"}
 )
 

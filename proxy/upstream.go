@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
@@ -151,7 +152,7 @@ func (m *macEntries) answer(q request, c *Caller) answer {
 			return q.passed(c, m.entry(listed))
 		}
 	}
-	return q.refuse(c, errPath)
+	return q.refuse(c, errAbsent)
 }
 
 func (m *macEntries) entry(mac string) *entry {
@@ -178,13 +179,14 @@ type upstream struct {
 	base    string
 	client  *http.Client
 	timeout time.Duration // of one fetch, the token's included
+	log     *slog.Logger
 
 	tokenLock chan struct{} // held by who reads or renews the token
 	token     string
 	renew     time.Time
 }
 
-func newUpstream(addr string, timeout time.Duration) (*upstream, error) {
+func newUpstream(addr string, timeout time.Duration, log *slog.Logger) (*upstream, error) {
 	base := addr
 	if ip, err := netip.ParseAddr(addr); err == nil && ip.Is6() {
 		base = "[" + addr + "]"
@@ -196,7 +198,7 @@ func newUpstream(addr string, timeout time.Duration) (*upstream, error) {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	return &upstream{
-		base: u.String(), timeout: timeout, tokenLock: make(chan struct{}, 1),
+		base: u.String(), timeout: timeout, log: log, tokenLock: make(chan struct{}, 1),
 		client: &http.Client{
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 			Transport: &http.Transport{ // not the default one: it would ask a proxy of the environment
@@ -246,7 +248,7 @@ func (u *upstream) get(ctx context.Context, e *entry) ([]byte, error) {
 	case e.fetched.IsZero():
 		return nil, errUpstream
 	case !e.found:
-		return nil, errPath
+		return nil, errAbsent
 	}
 	return e.body, nil
 }
@@ -260,6 +262,7 @@ func (u *upstream) fill(e *entry) {
 	defer e.mu.Unlock()
 	if err != nil {
 		e.retry = time.Now().Add(upstreamRetry)
+		u.log.Warn("the instance's metadata cannot be read", "path", e.path, "error", err)
 	} else {
 		e.body, e.found, e.fetched = body, found, time.Now()
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"net/http"
 	"slices"
@@ -157,7 +158,7 @@ func TestPassthroughFailures(t *testing.T) {
 func TestPassthroughIsCached(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		real := &scripted{answers: map[string]string{"/latest/api/token": "t1", region: "one"}}
-		u, err := newUpstream("127.0.0.1", 300*time.Millisecond)
+		u, err := newUpstream("127.0.0.1", 300*time.Millisecond, slog.New(slog.DiscardHandler))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -202,7 +203,7 @@ func TestPassthroughIsCached(t *testing.T) {
 		check("three", 5)
 		real.set(region, "404")
 		time.Sleep(time.Minute)
-		check(errPath.Error(), 6)
+		check(errAbsent.Error(), 6)
 		if n := real.calls["/latest/api/token"]; n != 1 {
 			t.Errorf("%d tokens", n)
 		}
