@@ -521,20 +521,15 @@ func testRepair(t *testing.T, kind string) {
 	})
 
 	// ip rule flush takes everything but priority 0 along.
-	for _, six := range []string{"", "-6 "} {
+	for six, f := range map[string]*family{"": ipv4, "-6 ": ipv6} {
 		run(t, "ip "+six+"rule flush")
 		run(t, "ip "+six+"rule add pref 32766 lookup main")
-	}
-	eventually(t, 5*time.Second, "the guard is whole again", func() bool {
-		for _, f := range families {
+		eventually(t, 5*time.Second, f.name+": the guard is whole again", func() bool {
 			have, err := listRules(f)
 			must(t, err)
-			if guardDefect(f, 100, have) != nil {
-				return false
-			}
-		}
-		return true
-	})
+			return guardDefect(f, 100, have) == nil
+		})
+	}
 	l.refused("after ip rule flush", "gate:8254")
 	l.nodeReaches("after ip rule flush")
 	must(t, r.Verified())
@@ -597,6 +592,7 @@ func TestKernelHandover(t *testing.T) {
 		for i, kind := range kinds {
 			old := newRules(t, kind, Options{Guard: true, StateDir: dir})
 			protect(t, old, targets...)
+			old.every = time.Hour // it must notice by an event
 			start(t, old)
 			held, _, err := l.ptp.open(netip.AddrPortFrom(ipv4.endpoint, 80))
 			must(t, err)

@@ -129,6 +129,10 @@ func newLab(t testing.TB) *lab {
 		file, value, _ := strings.Cut(s, "=")
 		must(t, os.WriteFile("/proc/sys/"+file, []byte(value), 0o644))
 	}
+	// As with kube-proxy, every connection is tracked from the start.
+	run(t, "nft add table inet lab")
+	run(t, "nft add chain inet lab forward { type filter hook forward priority 0 ; }")
+	run(t, "nft add rule inet lab forward ct state established accept")
 	l.node.up(t, "lo")
 	l.link("eth0", l.fabric, "eth0")
 	l.node.addr(t, "eth0", "10.0.0.1/24", "fd00:a::1/64")
