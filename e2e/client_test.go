@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/imdsgate/imdsgate/e2e/imds"
 	"github.com/imdsgate/imdsgate/e2e/lab"
 	"github.com/imdsgate/imdsgate/e2e/labtest"
 )
@@ -19,6 +20,9 @@ const (
 	tokenPath = "/latest/api/token"
 	roleList  = "/latest/meta-data/iam/security-credentials/"
 )
+
+// expectedOfNodeRole is what the node may ask of its real endpoint with assume-role.
+var expectedOfNodeRole = imds.Expected{NodeRole: true}
 
 // ask sends one request from inside a pod.
 func ask(ctx context.Context, p *lab.Pod, method, url string, header map[string]string) (status int, body string, err error) {

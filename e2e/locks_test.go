@@ -241,12 +241,14 @@ func hostHeader(ip netip.Addr) string {
 	return strings.TrimSuffix(net.JoinHostPort(ip.String(), ""), ":")
 }
 
-// stolen tells when an answer holds what belongs to the node.
+// stolen tells when an answer holds what belongs to the node: a marked value, or its role in the place of the pod's.
 func stolen(answer string) error {
-	for _, mark := range []string{imds.Mark, lab.NodeRole} {
-		if strings.Contains(answer, mark) {
-			return fmt.Errorf("an answer holds %s: %s", mark, answer)
-		}
+	_, body, ok := strings.Cut(answer, "\r\n\r\n")
+	if !ok {
+		body = answer
+	}
+	if strings.Contains(answer, imds.Mark) || strings.Contains(answer, "instance-profile/"+lab.NodeRole) || body == lab.NodeRole {
+		return fmt.Errorf("an answer holds what is the node's: %s", answer)
 	}
 	return nil
 }

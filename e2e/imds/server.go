@@ -74,17 +74,16 @@ func New() *Server {
 var instance = map[string]string{
 	"user-data": "#!/bin/sh\n# " + Mark + "\n/etc/eks/bootstrap.sh --b64-cluster-ca " + Mark + "\n",
 
-	"dynamic/instance-identity/document":  `{"accountId":"123456789012","instanceId":"i-0abc123def4567890","region":"us-east-1","imageId":"ami-0abcdef1234567890"}`,
+	"dynamic/instance-identity/document":  `{"accountId":"123456789012","instanceId":"i-0123456789abcdef0","region":"us-east-1","imageId":"ami-0abcdef1234567890"}`,
 	"dynamic/instance-identity/pkcs7":     "MIAGCSqGSIb3DQEHAqCAMIACAQExCzAJ" + Mark,
 	"dynamic/instance-identity/signature": "dExamplESjNQhhJan7pORLpLSr7lJEF4" + Mark,
 	"dynamic/instance-identity/rsa2048":   "MIAGCSqGSIb3DQEHAqCAMIACAQExDzAN" + Mark,
 
 	"meta-data/ami-id":                                                    "ami-0abcdef1234567890",
-	"meta-data/ami-launch-index":                                          "0",
 	"meta-data/ami-manifest-path":                                         "(unknown)",
 	"meta-data/hostname":                                                  "ip-172-30-0-11.ec2.internal",
 	"meta-data/instance-action":                                           "none",
-	"meta-data/instance-id":                                               "i-0abc123def4567890",
+	"meta-data/instance-id":                                               "i-0123456789abcdef0",
 	"meta-data/instance-life-cycle":                                       "on-demand",
 	"meta-data/instance-type":                                             "m5.large",
 	"meta-data/local-hostname":                                            "ip-172-30-0-11.ec2.internal",
