@@ -25,7 +25,7 @@ var clients = []client{
 	{name: "crt", argv: []string{"/usr/bin/python3", "crt_client.py"}, none: `AwsCrtError: AWS_\w+`},
 	{name: "boto2", argv: []string{"/usr/bin/python3", "boto2_client.py"}, v1: true, none: `NoCredentials: boto found no credentials`},
 	{name: "ruby", argv: []string{"/usr/bin/ruby", "ruby_client.rb"}, v6: true, none: `MissingCredentialsError`, keepsToken: true},
-	{name: "js-v2", argv: []string{"node", "js/v2.js"}, v6: true, none: `EC2 Metadata|null response|status`},
+	{name: "js-v2", argv: []string{"node", "js/v2.js"}, v6: true, none: `EC2 Metadata|ECONNREFUSED`},
 	{name: "js-v3", argv: []string{"node", "js/v3.js"}, v6: true, none: `CredentialsProviderError|ProviderError`},
 	{name: "go-v1", argv: []string{goPrograms, "go-v1"}, v6: true, none: `EC2RoleRequestError: no EC2 instance role found`, keepsToken: true},
 	{name: "go-v2", argv: []string{goPrograms, "go-v2"}, v6: true, none: `no EC2 IMDS role found`, keepsToken: true, calls: true},

@@ -108,6 +108,18 @@ func TestClients(t *testing.T) {
 			ok: outcomes{none, all}, check: listAnswered("403"),
 		},
 		{
+			name: "not permitted, then so", before: forbid, between: permit,
+			ok: outcomes{none, all}, check: listAnswered("403"),
+		},
+		{
+			name: "IP unknown, then known", noIP: true, between: reportIPs,
+			ok: outcomes{none, all}, check: listAnswered("503"),
+		},
+		{
+			name: "killed, then restarted", ready: issuedThenKilled, between: restart,
+			ok: outcomes{none, all},
+		},
+		{
 			name: "STS down, then up", before: stsDown, between: stsUp,
 			ok: outcomes{none, all}, check: listAnswered("503"),
 		},
@@ -164,7 +176,7 @@ func play(t *testing.T, l *lab.Lab, argv map[string][]string, s situation) *stag
 			t.Fatalf("%s: %v", what, err)
 		}
 	}
-	must("namespace", l.Namespace(ctx, st.namespace, map[string]string{"iam.amazonaws.com/allowed-roles": `["arn:aws:iam::*:role/clients/*"]`}))
+	must("namespace", st.allow(ctx, "arn:aws:iam::*:role/clients/*"))
 	if s.before != nil {
 		must("before", s.before(ctx, st))
 	}
@@ -308,6 +320,11 @@ func stalled(ctx context.Context, s *stage, r *run) error {
 	return proper(ctx, s, r)
 }
 
+// allow sets the roles that the namespace permits.
+func (s *stage) allow(ctx context.Context, pattern string) error {
+	return s.lab.Namespace(ctx, s.namespace, map[string]string{"iam.amazonaws.com/allowed-roles": `["` + pattern + `"]`})
+}
+
 func (s *stage) account(ctx context.Context, r *run, annotations map[string]string) error {
 	return s.lab.ServiceAccount(ctx, s.namespace, r.client.name, annotations)
 }
@@ -334,6 +351,18 @@ func stsUp(ctx context.Context, s *stage) error {
 
 func issuedThenDown(ctx context.Context, s *stage) error {
 	return errors.Join(issued(ctx, s), stsDown(ctx, s))
+}
+
+func issuedThenKilled(ctx context.Context, s *stage) error {
+	err := issued(ctx, s)
+	s.daemon.Kill()
+	return err
+}
+
+func forbid(ctx context.Context, s *stage) error { return s.allow(ctx, "arn:aws:iam::*:role/others/*") }
+
+func permit(ctx context.Context, s *stage) error {
+	return errors.Join(s.allow(ctx, "arn:aws:iam::*:role/clients/*"), issued(ctx, s))
 }
 
 func annotate(ctx context.Context, s *stage) error {
@@ -365,6 +394,15 @@ func restart(ctx context.Context, s *stage) error {
 }
 
 func reportIP(ctx context.Context, _ *stage, r *run) error { return r.pod.SetRunning(ctx) }
+
+func reportIPs(ctx context.Context, s *stage) error {
+	for _, r := range s.runs {
+		if err := r.pod.SetRunning(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
 
 func goOn(_ context.Context, _ *stage, r *run) error {
 	r.release()

@@ -13,7 +13,7 @@ import (
 )
 
 // fetchTimeout is when a program calls its fetch a hang. The slowest clean failure measured is
-// 9 s (Go SDK v1, told to retry after 1 s); the rest is room for a busy machine.
+// 10 s (Go SDK v1, told to retry after 1 s); the rest is room for a busy machine.
 const fetchTimeout = 20 * time.Second
 
 // result is a program's line about one fetch.
