@@ -573,7 +573,7 @@ func TestCalls(t *testing.T) {
 	if _, err := l.assume(t.Context(), n, in); err == nil {
 		t.Fatal("no error")
 	}
-	calls, err := l.WaitCalls(t.Context(), 2, func(c Call) bool { return c.Operation == "AssumeRole" })
+	calls, err := l.WaitCalls(soon(t), 2, func(c Call) bool { return c.Operation == "AssumeRole" })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -595,7 +595,7 @@ func TestCalls(t *testing.T) {
 	}
 	waited := make(chan error)
 	go func() {
-		_, err := l.WaitCalls(t.Context(), 1, func(c Call) bool { return c.Operation == "GetCallerIdentity" })
+		_, err := l.WaitCalls(soon(t), 1, func(c Call) bool { return c.Operation == "GetCallerIdentity" })
 		waited <- err
 	}()
 	if _, err := l.whoami(t.Context(), c); err != nil {
@@ -622,6 +622,14 @@ func TestOwner(t *testing.T) {
 	if other := l.node(t); other.AccessKeyID == n.AccessKeyID || other.SessionToken == n.SessionToken {
 		t.Error("two sessions are the same")
 	}
+}
+
+// soon is a context that ends before the test binary's patience does.
+func soon(t *testing.T) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	t.Cleanup(cancel)
+	return ctx
 }
 
 func TestFaults(t *testing.T) {
@@ -669,11 +677,11 @@ func TestFaults(t *testing.T) {
 	if err := ask(ctx, cart); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("hang: %v", err)
 	}
-	if _, err := l.WaitCalls(t.Context(), 2, func(c Call) bool { return c.Outcome == "hangup" }); err != nil {
+	if _, err := l.WaitCalls(soon(t), 2, func(c Call) bool { return c.Outcome == "hangup" }); err != nil {
 		t.Error(err)
 	}
 	released := make(chan error)
-	go func() { released <- ask(t.Context(), cart) }()
+	go func() { released <- ask(soon(t), cart) }()
 	remove()
 	if err := <-released; err != nil && !strings.Contains(err.Error(), "EOF") { // it hung, or came after the removal
 		t.Errorf("released: %v", err)
