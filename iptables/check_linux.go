@@ -122,7 +122,11 @@ func checkStrict(have []ipRule, report report) {
 
 // tableCovers reports whether a routing table has a route that takes the endpoint's packets.
 func tableCovers(f *family, table uint32) (bool, error) {
-	routes, err := netlink.RouteListFiltered(f.af, &netlink.Route{Table: int(table)}, netlink.RT_FILTER_TABLE)
+	var routes []netlink.Route
+	err := whole(func() (err error) {
+		routes, err = netlink.RouteListFiltered(f.af, &netlink.Route{Table: int(table)}, netlink.RT_FILTER_TABLE)
+		return err
+	})
 	if err != nil {
 		return false, fmt.Errorf("list the routes of table %d: %w", table, err)
 	}

@@ -1,6 +1,7 @@
 package iptables
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -33,16 +34,35 @@ func cutEscaped(f *family, ours ...netip.AddrPort) (uint, error) {
 	if err != nil {
 		return 0, err
 	}
-	n, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(f.af), escaped{f.endpoint, ours, node})
+	var n uint
+	err = whole(func() error {
+		deleted, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(f.af), escaped{f.endpoint, ours, node})
+		n += deleted
+		return err
+	})
 	if err != nil {
 		return n, fmt.Errorf("delete %s conntrack entries: %w", f.name, err)
 	}
 	return n, nil
 }
 
+// whole repeats a dump that a change has interrupted, a few times.
+func whole(dump func() error) (err error) {
+	for range 10 {
+		if err = dump(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return err
+		}
+	}
+	return err
+}
+
 // nodeAddrs returns every address of the node.
 func nodeAddrs() ([]netip.Addr, error) {
-	list, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+	var list []netlink.Addr
+	err := whole(func() (err error) {
+		list, err = netlink.AddrList(nil, netlink.FAMILY_ALL)
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("list the node's addresses: %w", err)
 	}

@@ -156,31 +156,33 @@ var errNoFamily = errors.New("the kernel has no policy routing for this address 
 
 // listRules dumps the kernel's rules in the order of their evaluation.
 func listRules(f *family) ([]ipRule, error) {
-	for try := 0; ; try++ {
+	var rules []ipRule
+	err := whole(func() error {
 		req := nl.NewNetlinkRequest(unix.RTM_GETRULE, unix.NLM_F_DUMP)
 		req.AddData(nl.NewIfInfomsg(f.af))
 		msgs, err := req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWRULE)
-		switch {
-		case errors.Is(err, nl.ErrDumpInterrupted) && try < 10:
-			continue
-		case errors.Is(err, unix.EAFNOSUPPORT), errors.Is(err, unix.EOPNOTSUPP):
-			return nil, errNoFamily
-		case err != nil:
-			return nil, fmt.Errorf("list %s routing rules: %w", f.name, err)
+		if err != nil {
+			return err
 		}
-		rules := make([]ipRule, 0, len(msgs))
+		rules = make([]ipRule, 0, len(msgs))
 		for _, m := range msgs {
 			r, err := decodeRule(m)
 			if err != nil {
-				return nil, fmt.Errorf("list %s routing rules: %w", f.name, err)
+				return err
 			}
-			// Without IPv6 rules the kernel answers for every family it has.
-			if int(m[0]) == f.af {
+			if int(m[0]) == f.af { // a kernel without rules for the family may answer for all others
 				rules = append(rules, r)
 			}
 		}
-		return rules, nil
+		return nil
+	})
+	if errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) {
+		return nil, errNoFamily
 	}
+	if err != nil {
+		return nil, fmt.Errorf("list %s routing rules: %w", f.name, err)
+	}
+	return rules, nil
 }
 
 // apply does one step. A rule that is there already, or gone already, is a success.

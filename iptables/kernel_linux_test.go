@@ -93,8 +93,9 @@ func canaries(t testing.TB, kind string) {
 func ruleCanaries(t testing.TB) {
 	t.Helper()
 	for six, addr := range map[string]string{"": "169.254.169.254", "-6 ": "fd00:ec2::254"} {
+		beside := strings.Replace(addr, "254", "123", 2) // an address that is not ours
 		for _, rule := range []string{
-			"pref 0 from " + addr + " lookup main", "pref 1 nop protocol static", "pref 5000 to " + addr + " lookup main",
+			"pref 0 to " + beside + " lookup main", "pref 1 nop protocol static", "pref 5000 to " + addr + " lookup main",
 			"pref 5001 to " + addr + " iif eth7 unreachable protocol 169", "pref 5002 to " + addr + " unreachable protocol static",
 		} {
 			run(t, "ip "+six+"rule add "+rule)
@@ -116,6 +117,9 @@ func TestKernelGuardSteps(t *testing.T) {
 		l := newLab(t)
 		l.unprotected("before")
 		before := rules(t)
+		if text := findings(newRules(t, "nft", Options{Guard: true}), Error); strings.Count(text, "the guard is not whole") != 2 {
+			t.Errorf("Check of a virgin node: %s", text)
+		}
 		var steps []string
 		r := newRules(t, "nft", Options{Guard: true})
 		r.step = func(f *family, op ruleOp) {
@@ -355,6 +359,9 @@ func TestKernelRedirect(t *testing.T) {
 				t.Errorf("%s: a connection held over a restart: got %q, %v", kind, got, err)
 			}
 			golden(t, "installed.txt", installed(t, kind))
+			if text := findings(r, Error) + findings(r, Warning); text != "" {
+				t.Errorf("%s: Check finds fault: %s", kind, text)
+			}
 
 			// The redirect without the guard, then what a crashed run left at another priority.
 			for _, f := range families {
@@ -738,6 +745,9 @@ func TestKernelErrorsNameTheFix(t *testing.T) {
 		must(t, r.EnsureGuard(t.Context()))
 		if err := r.EnsureRedirect(t.Context(), targets); err == nil || !strings.Contains(err.Error(), "-state-dir") {
 			t.Errorf("without a state directory: %v", err)
+		}
+		if err := r.Verified(); err == nil {
+			t.Error("Verified after a failure")
 		}
 		l.refused("after a failure", "")
 		if err := r.EnsureRedirect(t.Context(), []netip.AddrPort{netip.MustParseAddrPort("10.0.0.77:8254")}); err == nil || !strings.Contains(err.Error(), "-host-ip") {

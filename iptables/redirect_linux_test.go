@@ -71,8 +71,8 @@ func TestNoIptablesNamesTheFix(t *testing.T) {
 	}
 }
 
-// whole is a listing as the table wants it.
-func whole(w table) listing {
+// complete is a listing as the table wants it.
+func complete(w table) listing {
 	return listing{parent: []string{w.jump()}, chain: slices.Clone(w.rules), exists: true}
 }
 
@@ -106,7 +106,7 @@ func TestDefects(t *testing.T) {
 			l.parent = append([]string{"-A PREROUTING -d 169.254.169.254/32 -p tcp -j DNAT --to-destination 10.0.0.1:8181"}, l.parent...)
 		}, "8181", errTaken},
 	} {
-		have := whole(nat)
+		have := complete(nat)
 		tc.change(&have)
 		err := nat.defect(have, ipv4.endpoint)
 		switch {
@@ -137,7 +137,7 @@ func TestRestoreGolden(t *testing.T) {
 	d := redirect{to: next4, previous: gate4}
 	section("a new instance beside the old one: jumps stay, so the change is one commit a table")
 	for _, w := range d.tables() {
-		b.WriteString(w.restore(whole(w)))
+		b.WriteString(w.restore(complete(w)))
 	}
 	nat := d.tables()[1]
 	section("jumps in the wrong places and of other kinds")
@@ -158,10 +158,10 @@ func TestTargetOfAListing(t *testing.T) {
 	for _, to := range []netip.AddrPort{gate4, gate6} {
 		d := redirect{iface: "eni+", to: to, previous: netip.AddrPortFrom(to.Addr(), 8255)}
 		tables := d.tables()
-		if got := whole(tables[1]).target(); got != to {
+		if got := complete(tables[1]).target(); got != to {
 			t.Errorf("got %s, want %s", got, to)
 		}
-		if d := cmp.Diff([]string{to.String(), to.String(), d.previous.String(), d.previous.String()}, text(lockedPorts(whole(tables[0])))); d != "" {
+		if d := cmp.Diff([]string{to.String(), to.String(), d.previous.String(), d.previous.String()}, text(lockedPorts(complete(tables[0])))); d != "" {
 			t.Error(d)
 		}
 	}
@@ -336,5 +336,22 @@ func TestEventsAboutUs(t *testing.T) {
 	}
 	if !aboutUs(syscall.NetlinkMessage{}) {
 		t.Error("lost events must be looked into")
+	}
+}
+
+// A change of ownership is an event.
+func TestOwnershipIsWatched(t *testing.T) {
+	dir := t.TempDir()
+	ctx, cancel := context.WithCancel(t.Context())
+	events, done := make(chan struct{}), make(chan error)
+	go func() { done <- watchDir(ctx, dir, func() { events <- struct{}{} }) }()
+	<-events // the watch is on
+	o := &owner{dir: dir}
+	must(t, o.locked(t.Context(), o.take))
+	<-events
+	cancel()
+	must(t, <-done)
+	if err := watchDir(t.Context(), filepath.Join(dir, "missing"), func() {}); err == nil {
+		t.Error("a missing directory is watched")
 	}
 }

@@ -51,6 +51,7 @@ type Rules struct {
 
 	mu       sync.Mutex
 	verdicts map[subject]error // of the last verification
+	failure  error             // of the last EnsureRedirect
 
 	guardInPlace, redirectInPlace *prometheus.GaugeVec
 	repairs                       *prometheus.CounterVec
@@ -171,10 +172,14 @@ func (r *Rules) ensureGuard(ctx context.Context, f *family) ([]ruleOp, error) {
 // the rules. From one target to the next the change is one commit. A family without a target has the guard alone. Waiting for
 // the xtables lock ends with ctx alone.
 func (r *Rules) EnsureRedirect(ctx context.Context, to []netip.AddrPort) error {
-	if err := r.ensureRedirect(ctx, to); err != nil {
-		return fmt.Errorf("install the redirect: %w", err)
+	err := r.ensureRedirect(ctx, to)
+	if err != nil {
+		err = fmt.Errorf("install the redirect: %w", err)
 	}
-	return nil
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.failure = err
+	return err
 }
 
 func (r *Rules) ensureRedirect(ctx context.Context, to []netip.AddrPort) error {
@@ -398,20 +403,15 @@ func (r *Rules) Run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// mayRepair reports whether the rules are still this instance's business.
-func (r *Rules) mayRepair() bool {
-	err := r.owner.check()
-	if errors.Is(err, errSuperseded) {
-		r.supersede()
-	} else if err != nil {
-		r.log.Error("cannot tell who owns the rules: repairing nothing", "error", err)
-	}
-	return err == nil
-}
-
 func (r *Rules) verifyGuard(ctx context.Context) {
-	if !r.guard || !r.mayRepair() {
+	if !r.guard || r.isSuperseded() {
 		return
+	}
+	if err := r.owner.check(); errors.Is(err, errSuperseded) {
+		r.supersede()
+		return
+	} else if err != nil {
+		r.log.Warn("cannot tell who owns the rules", "error", err) // two that make the same guard do no harm
 	}
 	for _, f := range families {
 		ops, err := r.ensureGuard(ctx, f)
@@ -426,7 +426,7 @@ func (r *Rules) verifyGuard(ctx context.Context) {
 }
 
 func (r *Rules) verifyRedirect(ctx context.Context) {
-	if r.takeTurn(ctx) != nil {
+	if r.isSuperseded() || r.takeTurn(ctx) != nil {
 		return
 	}
 	defer r.endTurn()
@@ -498,20 +498,27 @@ func (r *Rules) verifyFamily(ctx context.Context, b *backend, d redirect) error 
 // goes on serving what still comes to its port, which stays locked, and should end.
 func (r *Rules) Superseded() <-chan struct{} { return r.superseded }
 
+func (r *Rules) isSuperseded() bool {
+	select {
+	case <-r.superseded:
+		return true
+	default:
+		return false
+	}
+}
+
 // Verified returns nil when the last verification found the guard, if wanted, and the redirect, once EnsureRedirect was called,
 // whole. Otherwise it says what is missing.
 func (r *Rules) Verified() error {
-	select {
-	case <-r.superseded:
+	if r.isSuperseded() {
 		return errSuperseded
-	default:
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if _, ok := r.verdicts[subject{"guard", ipv4}]; r.guard && !ok {
 		return errors.New("the guard has not been verified yet")
 	}
-	var errs []error
+	errs := []error{r.failure}
 	for _, f := range families {
 		for _, what := range []string{"guard", "redirect"} {
 			if err := r.verdicts[subject{what, f}]; err != nil {
