@@ -197,7 +197,7 @@ func (s *STS) assumeRoleHint(key cache.Key, message string) string {
 	if key.ExternalID != "" {
 		hint += ", with the external ID of the annotation"
 	}
-	return hint + ", whose own policy must allow it too unless the trust policy names it"
+	return hint + ", whose own policy must allow it too if the role is in another account or trusts all of its own"
 }
 
 // principal finds who was refused in STS's text, "User: arn:aws:sts::123456789012:assumed-role/node/i-0 is not authorized …".

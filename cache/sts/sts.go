@@ -50,7 +50,8 @@ const (
 	opGetCallerIdentity = "GetCallerIdentity"
 )
 
-// TokenSource has web identity tokens of service accounts. It is called once per issue and is safe for concurrent use.
+// TokenSource has web identity tokens of service accounts. It is called once per issue and is safe for concurrent use. Its
+// error names the service account and is shown to the pod.
 type TokenSource interface {
 	Token(ctx context.Context, namespace, serviceAccount, audience string) (string, error)
 }
@@ -243,13 +244,7 @@ func (s *STS) issueWebIdentity(ctx context.Context, key cache.Key) (cache.Creden
 	}
 	token, err := s.tokens.Token(ctx, key.Namespace, key.ServiceAccount, key.Audience)
 	if err != nil {
-		if issueErr, ok := errors.AsType[*cache.IssueError](err); ok {
-			return cache.Credentials{}, issueErr
-		}
-		return cache.Credentials{}, &cache.IssueError{Err: &failure{
-			text: oneLine(fmt.Sprintf("token of service account %s/%s: %v", key.Namespace, key.ServiceAccount, err), maxText),
-			err:  err,
-		}}
+		return cache.Credentials{}, asIssueError(err)
 	}
 	var out *awssts.AssumeRoleWithWebIdentityOutput
 	err = s.observe(opWebIdentity, func() (err error) {
