@@ -143,8 +143,6 @@ func BenchmarkCredentialsHit(b *testing.B) {
 // whole process per request, client included.
 func BenchmarkAgainstBareHandler(b *testing.B) {
 	s := newHit(b)
-	w := &sink{header: http.Header{}}
-	s.Handler().ServeHTTP(w, hits(b, s)["document with token"])
 	document := s.credentials.Peek(nil).Document()
 	bare := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		h := w.Header()

@@ -60,7 +60,7 @@ func newRoutes(allow []string) (routes, error) {
 		},
 		role: &route{handler: handlerDocument, allow: get, direct: true, role: request.document},
 	}
-	for _, path := range passthrough {
+	for _, path := range passthrough() {
 		t.pass(metaData + path)
 	}
 	for _, a := range allow {
@@ -81,7 +81,7 @@ func (t *routes) match(target string) (rt *route, name string) {
 		if end < 0 {
 			end = len(rest)
 		}
-		if !allowedHost(rest[:end]) {
+		if end == 0 || !allowedHost(rest[:end]) {
 			return nil, ""
 		}
 		if path = rest[end:]; path == "" || path[0] == '?' {
@@ -203,7 +203,7 @@ func (q request) refuse(c *Caller, err error) answer {
 	if n := q.s.metrics.identifyFailures[reason]; n != nil {
 		n.Inc()
 	}
-	return answer{err: err, caller: c, waited: q.held}
+	return answer{err: err, caller: c}
 }
 
 // checkToken returns when the session token was issued; nothing when there is none and none is needed.
@@ -288,22 +288,35 @@ func (q request) documentOf(g *Grant) (doc []byte, waited bool, err error) {
 }
 
 func (q request) credentialsFailed(c *Caller, err error) answer {
-	q.held = true
 	if _, reason, text := status(err); reason == reasonCredentials {
 		q.s.reports.Report(c.Pod, false, EventCredentialsFailed, text)
 	}
 	return q.refuse(c, err)
 }
 
-// Values of headers that never change; net/http does not write to them.
-var (
-	serverValue   = []string{"EC2ws"}
-	typeValue     = []string{"text/plain"}
-	closeValue    = []string{"close"}
-	retryValue    = []string{"1"}
-	allowGetValue = []string{get}
-	allowPutValue = []string{put}
-)
+// headerValues are ready values of headers; net/http does not write to them.
+type headerValues struct {
+	server, plain, close, retry, allowGet, allowPut []string
+	lengths                                         []string // decimal numbers
+}
+
+func newHeaderValues() *headerValues {
+	v := &headerValues{
+		server: []string{"EC2ws"}, plain: []string{"text/plain"}, close: []string{"close"}, retry: []string{"1"},
+		allowGet: []string{get}, allowPut: []string{put}, lengths: make([]string, 8<<10),
+	}
+	for n := range v.lengths {
+		v.lengths[n] = strconv.Itoa(n)
+	}
+	return v
+}
+
+func (v *headerValues) length(n int) []string {
+	if n < len(v.lengths) {
+		return v.lengths[n : n+1 : n+1]
+	}
+	return []string{strconv.Itoa(n)}
+}
 
 func (s *Server) write(w http.ResponseWriter, r *http.Request, rt *route, a answer) int {
 	code, reason := http.StatusOK, ""
@@ -312,25 +325,25 @@ func (s *Server) write(w http.ResponseWriter, r *http.Request, rt *route, a answ
 		a.body = nil
 	}
 	h := w.Header()
-	h["Server"] = serverValue
-	h["Content-Type"] = typeValue
-	h["Content-Length"] = s.contentLength(max(len(a.body), len(a.text)))
+	h["Server"] = s.values.server
+	h["Content-Type"] = s.values.plain
+	h["Content-Length"] = s.values.length(max(len(a.body), len(a.text)))
 	switch code {
 	case http.StatusOK:
 		if a.ttl != "" {
 			h[tokenTTLHeader] = []string{a.ttl}
 		}
 	case http.StatusMethodNotAllowed:
-		h["Allow"] = allowGetValue
+		h["Allow"] = s.values.allowGet
 		if rt != nil && rt.allow == put {
-			h["Allow"] = allowPutValue
+			h["Allow"] = s.values.allowPut
 		}
 	case http.StatusServiceUnavailable:
-		h["Retry-After"] = retryValue
+		h["Retry-After"] = s.values.retry
 	}
 	// A body is never read, so what follows it on the connection cannot be found. What does not speak HTTP/1 cannot go on.
 	if r.ContentLength != 0 || r.ProtoMajor != 1 || reason == reasonFlood || s.draining.Load() {
-		h["Connection"] = closeValue
+		h["Connection"] = s.values.close
 	}
 	if r.ContentLength != 0 { // net/http would wait for the rest of it for ever
 		_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
@@ -342,13 +355,6 @@ func (s *Server) write(w http.ResponseWriter, r *http.Request, rt *route, a answ
 		_, _ = io.WriteString(w, a.text)
 	}
 	return code
-}
-
-func (s *Server) contentLength(n int) []string {
-	if n < len(s.lengths) {
-		return s.lengths[n : n+1 : n+1]
-	}
-	return []string{strconv.Itoa(n)}
 }
 
 // allowedHost refuses names that a page in a browser could have been made to resolve to the endpoint, and the real address

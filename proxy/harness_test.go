@@ -129,7 +129,11 @@ func (i *issuer) Issue(ctx context.Context, key cache.Key) (cache.Credentials, e
 	if name == "short" {
 		expires = now.Add(5 * time.Minute)
 	}
-	return cache.NewCredentials(fmt.Sprintf("ASIA-%s-%d", name, n), secretOf(name), "TOKEN-"+strings.Repeat("t", 900)+name, now, expires), nil
+	size := 900
+	if strings.HasPrefix(name, "my+role") {
+		size = 5000 // some are that long
+	}
+	return cache.NewCredentials(fmt.Sprintf("ASIA-%s-%d", name, n), secretOf(name), "TOKEN-"+strings.Repeat("t", size)+name, now, expires), nil
 }
 
 func (i *issuer) count(arn string) int {

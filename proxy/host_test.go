@@ -3,6 +3,7 @@ package proxy
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -242,6 +243,5 @@ func TestHostSurvivesDeadlines(t *testing.T) {
 }
 
 func isTimeout(err error) bool {
-	e, ok := err.(net.Error)
-	return ok && e.Timeout() || err == os.ErrDeadlineExceeded
+	return errors.Is(err, os.ErrDeadlineExceeded)
 }

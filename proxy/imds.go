@@ -23,7 +23,7 @@ func Encode(c cache.Credentials) []byte {
 		Code            string
 		LastUpdated     string
 		Type            string
-		AccessKeyId     string //nolint:revive // name on the wire
+		AccessKeyId     string
 		SecretAccessKey string
 		Token           string
 		Expiration      string
@@ -40,7 +40,7 @@ func instanceProfile(roleARN string, now time.Time) []byte {
 		Code               string
 		LastUpdated        string
 		InstanceProfileArn string
-		InstanceProfileId  string //nolint:revive // name on the wire
+		InstanceProfileId  string
 	}{
 		"Success", now.UTC().Format(wireTime),
 		strings.Replace(roleARN, ":role/", ":instance-profile/", 1),

@@ -23,17 +23,13 @@ const (
 	handlers
 )
 
-var handlerNames = [handlers]string{"other", "token", "root", "role_list", "document", "iam_info", "metadata"}
-
-// answered are all statuses that serve answers.
-var answered = [...]int{
-	http.StatusOK, http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound,
-	http.StatusMethodNotAllowed, http.StatusServiceUnavailable,
+func (h handlerLabel) String() string {
+	return [handlers]string{"other", "token", "root", "role_list", "document", "iam_info", "metadata"}[h]
 }
 
 // metrics hold every series from the start: the hit path only adds to them, and the number of series never changes.
 type metrics struct {
-	requests         [handlers][len(answered)]prometheus.Counter
+	requests         [handlers]map[int]prometheus.Counter // by status
 	duration         [handlers]prometheus.Observer
 	identifyWait     prometheus.Observer
 	identifyFailures map[string]prometheus.Counter
@@ -62,10 +58,14 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	}, []string{"reason"})
 
 	m := &metrics{identifyWait: wait, identifyFailures: map[string]prometheus.Counter{}, denied: map[string]prometheus.Counter{}}
-	for h, name := range handlerNames {
-		m.duration[h] = duration.WithLabelValues(name)
-		for i, code := range answered {
-			m.requests[h][i] = requests.WithLabelValues(name, strconv.Itoa(code))
+	for h := range handlers {
+		m.duration[h] = duration.WithLabelValues(h.String())
+		m.requests[h] = map[int]prometheus.Counter{}
+		for _, code := range []int{ // all that serve answers
+			http.StatusOK, http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound,
+			http.StatusMethodNotAllowed, http.StatusServiceUnavailable,
+		} {
+			m.requests[h][code] = requests.WithLabelValues(h.String(), strconv.Itoa(code))
 		}
 	}
 	for _, r := range []string{reasonNotSynced, reasonUnknownIP, reasonAmbiguous, reasonIncomplete, reasonIdentify} {
@@ -89,10 +89,5 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 
 func (m *metrics) observe(h handlerLabel, code int, elapsed time.Duration) {
 	m.duration[h].Observe(elapsed.Seconds())
-	for i, c := range answered {
-		if c == code {
-			m.requests[h][i].Inc()
-			return
-		}
-	}
+	m.requests[h][code].Inc()
 }

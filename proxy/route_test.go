@@ -22,7 +22,7 @@ var table = map[string]bool{
 }
 
 func inTable(path string) bool {
-	for _, p := range passthrough {
+	for _, p := range passthrough() {
 		if path == metaData+p || path == metaData+p+"/" {
 			return true
 		}
@@ -111,6 +111,7 @@ func FuzzRoute(f *testing.F) {
 		"GET|http://169.254.169.254|", "GET|//latest/user-data|", "GET|/latest/meta-data/iam%2fsecurity-credentials/my-role|", "OPTIONS|*|", "CONNECT|169.254.169.254:80|", "get|/|",
 		"GET|/latest/meta-data/iam/security-credentials/arn:aws:iam::123456789012:role/team/my-role|", "GET|/|X-Aws-Ec2-Metadata-Token: x", "GET|/?|Content-Length: 5",
 		"GET|/latest/meta-data/network/interfaces/macs/0a:00:00:00:00:01/vpc-id|", "GET|/\x00|", "GET|/%zz|", "GET|/\xff|", "GET|/latest/meta-data/iam/info|Host: x",
+		"GET|http://|", "GET|http:///|", "GET|http://[fd00:ec2::254]/|", "GET|http://x@169.254.169.254/|", "GET|http:169.254.169.254/|",
 	} {
 		p := strings.SplitN(s, "|", 3)
 		f.Add(p[0], p[1], p[2])

@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -66,7 +65,7 @@ type Server struct {
 	upstream *upstream
 	metrics  *metrics
 	log      *slog.Logger
-	lengths  []string // decimal numbers: Content-Length without an allocation
+	values   *headerValues
 
 	tokenRefusals *rateLimits[netip.Addr] // 401s by source IP
 	logLines      *rateLimits[logCause]
@@ -115,19 +114,15 @@ func NewServer(o Options) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{
+	return &Server{
 		callers: o.Callers, credentials: o.Credentials, reports: o.Reports, imdsv1: o.IMDSv1, hold: o.Hold,
 		routes: table, tokens: newTokens(o.TokenKey), upstream: up, metrics: m, log: o.Log,
-		lengths:       make([]string, 4<<10),
+		values:        newHeaderValues(),
 		tokenRefusals: newRateLimits[netip.Addr](tokenRefusalRate, tokenRefusalRate),
 		logLines:      newRateLimits[logCause](1, 10),
 		serverLines:   newRateLimits[struct{}](1, 10),
 		conns:         newConnCount(o.MaxConnections, o.MaxConnectionsPerIP),
-	}
-	for n := range s.lengths {
-		s.lengths[n] = strconv.Itoa(n)
-	}
-	return s, nil
+	}, nil
 }
 
 // Handler is what Serve serves, without its limits on connections.
@@ -161,13 +156,13 @@ func (s *Server) Serve(ctx context.Context, ln ...net.Listener) error {
 		return fmt.Errorf("serve the metadata endpoint: %w", err)
 	case <-ctx.Done():
 	}
-	s.drain(hs)
+	s.drain(context.WithoutCancel(ctx), hs)
 	return nil
 }
 
 // drain does not use http.Server.SetKeepAlivesEnabled or an early Shutdown: both cut off clients that are just about to
 // send their next request.
-func (s *Server) drain(hs *http.Server) {
+func (s *Server) drain(ctx context.Context, hs *http.Server) {
 	s.draining.Store(true)
 	start := time.Now()
 	last := start
@@ -181,7 +176,7 @@ func (s *Server) drain(hs *http.Server) {
 			last = t
 		}
 	}
-	ctx, cancel := context.WithDeadline(context.Background(), start.Add(drainLimit))
+	ctx, cancel := context.WithDeadline(ctx, start.Add(drainLimit))
 	defer cancel()
 	if err := hs.Shutdown(ctx); err != nil {
 		s.log.Warn("connections to the metadata endpoint were cut off", "error", err)

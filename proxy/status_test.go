@@ -16,6 +16,18 @@ import (
 
 func TestStatus(t *testing.T) {
 	secret := "pods a-secret/x and b-secret/y"
+	m, err := newMetrics(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range []*fault{
+		errHost, errMethod, errPath, errForwarded, errTTL, errToken, errNoToken, errFlood, errOtherRole, errUndecided, errAbsent, errUpstream,
+	} {
+		code, reason, text := status(f)
+		if m.requests[handlerOther][code] == nil || m.denied[reason] == nil && code != 503 && f != errAbsent || !strings.Contains(text, " ") {
+			t.Errorf("%d %s %q", code, reason, text)
+		}
+	}
 	for _, tc := range []struct {
 		err    error
 		code   int
@@ -42,6 +54,9 @@ func TestStatus(t *testing.T) {
 		{errors.New(secret), 503, reasonIdentify, ""},
 	} {
 		code, reason, text := status(tc.err)
+		if m.requests[handlerOther][code] == nil {
+			t.Errorf("%d is not counted", code)
+		}
 		if code != tc.code || reason != tc.reason || tc.text != "" && text != tc.text {
 			t.Errorf("%v: %d %s %q", tc.err, code, reason, text)
 		}
@@ -106,13 +121,13 @@ func TestMetrics(t *testing.T) {
 	l.ask(t, "role", "GET / HTTP/1.1\r\nHost: evil\r\n\r\n")
 	l.token(t, "role", "60")
 	for metric, want := range map[prometheus.Collector]float64{
-		l.Server.metrics.requests[handlerDocument][0]:        2,
-		l.Server.metrics.requests[handlerDocument][4]:        1,
-		l.Server.metrics.requests[handlerOther][4]:           1,
-		l.Server.metrics.requests[handlerRoleList][4]:        1,
-		l.Server.metrics.requests[handlerRoleList][6]:        1,
-		l.Server.metrics.requests[handlerRoot][3]:            1,
-		l.Server.metrics.requests[handlerToken][0]:           1,
+		l.Server.metrics.requests[handlerDocument][200]:      2,
+		l.Server.metrics.requests[handlerDocument][404]:      1,
+		l.Server.metrics.requests[handlerOther][404]:         1,
+		l.Server.metrics.requests[handlerRoleList][404]:      1,
+		l.Server.metrics.requests[handlerRoleList][503]:      1,
+		l.Server.metrics.requests[handlerRoot][403]:          1,
+		l.Server.metrics.requests[handlerToken][200]:         1,
 		l.Server.metrics.denied[reasonOtherRole]:             1,
 		l.Server.metrics.denied[reasonPath]:                  1,
 		l.Server.metrics.denied[reasonNoRole]:                1,

@@ -30,12 +30,13 @@ const (
 	noWriteMode   = 0o022 // no write permission for anybody else
 )
 
-var tokenEncoding = base64.RawURLEncoding.Strict()
-
 // tokens issues and checks IMDSv2 session tokens. They are stateless, so issuing one depends on nothing, and survive a
 // restart with the key: some SDKs hold theirs for six hours. A token is no credential: it shows that its bearer could send
 // a PUT, which a forged cross-site or server-side GET cannot. Who the caller is, is told by its connection.
-type tokens struct{ macs sync.Pool }
+type tokens struct {
+	encoding *base64.Encoding
+	macs     sync.Pool
+}
 
 // tokenMAC is what one check needs; pooled, because hash.Hash makes everything passed to it escape.
 type tokenMAC struct {
@@ -47,7 +48,10 @@ type tokenMAC struct {
 
 func newTokens(key []byte) *tokens {
 	key = append([]byte(nil), key...)
-	return &tokens{macs: sync.Pool{New: func() any { return &tokenMAC{Hash: hmac.New(sha256.New, key)} }}}
+	return &tokens{
+		encoding: base64.RawURLEncoding.Strict(),
+		macs:     sync.Pool{New: func() any { return &tokenMAC{Hash: hmac.New(sha256.New, key)} }},
+	}
 }
 
 // sign is the HMAC over the head of m.raw and ip, without a zone and with IPv4 mapped.
@@ -63,25 +67,32 @@ func (t *tokens) issue(ip netip.Addr, now time.Time, ttl time.Duration) string {
 	m := t.macs.Get().(*tokenMAC)
 	defer t.macs.Put(m)
 	m.raw[0] = tokenVersion
-	binary.BigEndian.PutUint64(m.raw[1:], uint64(now.UnixMilli()))
-	binary.BigEndian.PutUint64(m.raw[9:], uint64(now.Add(ttl).UnixMilli()))
+	putMillis(m.raw[1:], now)
+	putMillis(m.raw[9:], now.Add(ttl))
 	copy(m.raw[tokenHead:], m.sign(ip))
-	return tokenEncoding.EncodeToString(m.raw[:])
+	return t.encoding.EncodeToString(m.raw[:])
 }
 
 func (t *tokens) check(ip netip.Addr, token string, now time.Time) (issued, bool) {
-	if len(token) != tokenEncoding.EncodedLen(tokenRaw) {
+	if len(token) != t.encoding.EncodedLen(tokenRaw) {
 		return issued{}, false
 	}
 	m := t.macs.Get().(*tokenMAC)
 	defer t.macs.Put(m)
 	var text [tokenRaw*4/3 + 1]byte
-	n, err := tokenEncoding.Decode(m.raw[:], text[:copy(text[:], token)])
+	n, err := t.encoding.Decode(m.raw[:], text[:copy(text[:], token)])
 	if err != nil || n != tokenRaw || m.raw[0] != tokenVersion || !hmac.Equal(m.raw[tokenHead:], m.sign(ip)) {
 		return issued{}, false
 	}
-	expiry := time.UnixMilli(int64(binary.BigEndian.Uint64(m.raw[9:])))
-	return issued{time.UnixMilli(int64(binary.BigEndian.Uint64(m.raw[1:])))}, now.Before(expiry)
+	return issued{millis(m.raw[1:])}, now.Before(millis(m.raw[9:]))
+}
+
+func putMillis(b []byte, t time.Time) {
+	binary.BigEndian.PutUint64(b, uint64(t.UnixMilli())) //nolint:gosec // comes back unchanged
+}
+
+func millis(b []byte) time.Time {
+	return time.UnixMilli(int64(binary.BigEndian.Uint64(b))) //nolint:gosec // only what putMillis wrote has a valid MAC
 }
 
 // issued is when a session token was issued; zero without one.

@@ -110,7 +110,7 @@ func TestTokenMAC(t *testing.T) {
 	tokens := newTokens(key)
 	ip := netip.MustParseAddr("fd00::1")
 	for range 3 {
-		raw, err := tokenEncoding.DecodeString(tokens.issue(ip, time.Now(), time.Minute))
+		raw, err := tokens.encoding.DecodeString(tokens.issue(ip, time.Now(), time.Minute))
 		if err != nil || len(raw) != tokenRaw {
 			t.Fatal(err, len(raw))
 		}

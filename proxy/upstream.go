@@ -17,15 +17,19 @@ import (
 
 // passthrough are the metadata that every pod may read, below /latest/meta-data/: none of them is a secret or names an
 // identity that somebody trusts.
-var passthrough = []string{
-	"ami-id", "ami-launch-index", "hostname", "instance-id", "instance-life-cycle", "instance-type", "local-hostname",
-	"local-ipv4", "mac", "placement/availability-zone", "placement/availability-zone-id", "placement/region",
-	"services/domain", "services/partition",
+func passthrough() []string {
+	return []string{
+		"ami-id", "ami-launch-index", "hostname", "instance-id", "instance-life-cycle", "instance-type", "local-hostname",
+		"local-ipv4", "mac", "placement/availability-zone", "placement/availability-zone-id", "placement/region",
+		"services/domain", "services/partition",
+	}
 }
 
 // forbidden are path segments that -allow may not contain, wherever they stand: credentials, bootstrap secrets, and
 // documents that let their bearer log in as the node.
-var forbidden = []string{"iam", "identity-credentials", "security-credentials", "user-data", "pkcs7", "signature", "rsa2048"}
+func forbidden() []string {
+	return []string{"iam", "identity-credentials", "security-credentials", "user-data", "pkcs7", "signature", "rsa2048"}
+}
 
 const (
 	macList     = metaData + "network/interfaces/macs/"
@@ -68,7 +72,7 @@ func canonicalAllow(allow string) (string, error) {
 		}
 	}
 	for i, segment := range strings.Split(p, "/")[1:] {
-		for _, f := range forbidden {
+		for _, f := range forbidden() {
 			if strings.EqualFold(segment, f) {
 				return fail(f + " would hand out what belongs to the node")
 			}
@@ -234,7 +238,7 @@ func (u *upstream) get(ctx context.Context, e *entry) ([]byte, error) {
 	if now.Sub(e.fetched) >= upstreamFresh && !now.Before(e.retry) {
 		if e.flight == nil {
 			e.flight = make(chan struct{})
-			go u.fill(e) // ends after u.timeout, whether or not this request still waits for it
+			go u.fill(context.WithoutCancel(ctx), e) // ends after u.timeout, whether or not this request still waits for it
 		}
 		flight := e.flight
 		e.mu.Unlock()
@@ -254,8 +258,8 @@ func (u *upstream) get(ctx context.Context, e *entry) ([]byte, error) {
 }
 
 // fill replaces e's value, or keeps it when there is no answer.
-func (u *upstream) fill(e *entry) {
-	ctx, cancel := context.WithTimeout(context.Background(), u.timeout)
+func (u *upstream) fill(ctx context.Context, e *entry) {
+	ctx, cancel := context.WithTimeout(ctx, u.timeout)
 	defer cancel()
 	body, found, err := u.fetch(ctx, e.path)
 	e.mu.Lock()

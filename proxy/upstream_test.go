@@ -36,7 +36,7 @@ func TestPassthrough(t *testing.T) {
 			_, _ = io.WriteString(w, "value of "+r.RequestURI)
 		}
 	})
-	for _, p := range append(slices.Clone(passthrough), "tags/instance/Name", "network/interfaces/macs/0a:00:00:00:00:01/vpc-id") {
+	for _, p := range append(passthrough(), "tags/instance/Name", "network/interfaces/macs/0a:00:00:00:00:01/vpc-id") {
 		asked = append(asked, metaData+p)
 	}
 	asked = append(asked, "/latest/dynamic/instance-identity/document")
