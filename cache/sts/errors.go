@@ -156,13 +156,16 @@ func (s *STS) hint(op string, key cache.Key, code, message string) string {
 			return "create an IAM OIDC provider for the cluster's issuer in the role's account"
 		case strings.Contains(message, "verification key"):
 			return "STS must be able to fetch the keys of the cluster's issuer"
+		case strings.Contains(message, "audience"):
+			return fmt.Sprintf("the cluster's IAM OIDC provider must have the client ID %q", key.Audience)
 		}
-		return fmt.Sprintf("the cluster's IAM OIDC provider must have the client ID %q", key.Audience)
 	case "IDPCommunicationError":
 		return "STS must be able to fetch the keys of the cluster's issuer"
 	case "ValidationError":
 		switch {
-		case strings.Contains(message, "MaxSessionDuration"), strings.Contains(message, "role chaining"):
+		case strings.Contains(message, "role chaining"):
+			return "shorten the session duration to 1h"
+		case strings.Contains(message, "MaxSessionDuration"):
 			return "shorten the session duration, or raise the role's MaxSessionDuration"
 		case strings.Contains(message, "roleArn"), strings.Contains(message, "ARN"):
 			return "correct the role's ARN"
@@ -193,11 +196,12 @@ func (s *STS) assumeRoleHint(key cache.Key, message string) string {
 			who = "the intermediate role"
 		}
 	}
-	hint := fmt.Sprintf("the role's trust policy must allow %s to %s", actions, who)
+	externalID := "without an external ID"
 	if key.ExternalID != "" {
-		hint += ", with the external ID of the annotation"
+		externalID = "with the external ID of the annotation"
 	}
-	return hint + ", whose own policy must allow it too if the role is in another account or trusts all of its own"
+	return fmt.Sprintf("the role's trust policy must allow %s to %s, %s; the caller's own policy must allow it too if the role is in "+
+		"another account or trusts all of its own", actions, who, externalID)
 }
 
 // principal finds who was refused in STS's text, "User: arn:aws:sts::123456789012:assumed-role/node/i-0 is not authorized …".

@@ -435,7 +435,7 @@ func TestHints(t *testing.T) {
 		want          []string
 	}{
 		{"principal", false, key, 403, "AccessDenied", nodeMessage,
-			[]string{"the role's trust policy must allow sts:AssumeRole to the role node-role of account 111122223333"}},
+			[]string{"the role's trust policy must allow sts:AssumeRole to the role node-role of account 111122223333, without an external ID;"}},
 		{"tags", false, tagged, 403, "AccessDenied", strings.Replace(nodeMessage, "sts:AssumeRole", "sts:TagSession", 1),
 			[]string{"sts:AssumeRole and sts:TagSession to the role node-role"}},
 		{"external ID", false, external, 403, "AccessDenied", nodeMessage, []string{"with the external ID of the annotation"}},
@@ -447,6 +447,10 @@ func TestHints(t *testing.T) {
 		{"audience", true, webKey, 400, "InvalidIdentityToken", "Incorrect token audience", []string{`client ID "sts.amazonaws.com"`}},
 		{"issuer", true, webKey, 400, "InvalidIdentityToken", "No OpenIDConnect provider found in your account for https://x",
 			[]string{"create an IAM OIDC provider"}},
+		{"strange token", true, webKey, 400, "InvalidIdentityToken", "The ID Token provided is not a valid JWT", nil},
+		{"chaining", false, key, 400, "ValidationError", "exceeds the 1 hour session limit for roles assumed by role chaining", []string{"to 1h"}},
+		{"maximum", false, key, 400, "ValidationError", "exceeds the MaxSessionDuration set for this role", []string{"raise the role's MaxSessionDuration"}},
+		{"ARN", false, key, 400, "ValidationError", "Value 'x' at 'roleArn' failed", []string{"correct the role's ARN"}},
 		{"region", true, webKey, 403, "RegionDisabledException", "STS is not activated", []string{"activate this region's STS endpoint"}},
 		{"packed", false, tagged, 400, "PackedPolicyTooLarge", "Serialized token too large", []string{"-session-tags"}},
 		{"node", false, key, 403, "InvalidClientTokenId", "The security token is invalid", []string{"node's own credentials"}},
@@ -455,6 +459,9 @@ func TestHints(t *testing.T) {
 			s, _ := start(t, Options{WebIdentity: tt.web}, refuse(tt.status, tt.code, tt.message))
 			_, err := s.Issue(t.Context(), tt.key)
 			e := issueError(t, err)
+			if tt.want == nil && e.Hint != "" {
+				t.Errorf("hint %q, want none", e.Hint)
+			}
 			for _, want := range tt.want {
 				if !strings.Contains(e.Hint, want) {
 					t.Errorf("hint %q, want %q in it", e.Hint, want)
