@@ -57,7 +57,7 @@ type apiObject interface {
 type historic struct {
 	rv       int
 	resource string
-	was, is  apiObject // nil: did not, does not exist
+	was, is  apiObject // nil: did not, does not exist; both: a bookmark
 }
 
 func newAPIServer(t *testing.T) *apiServer {
@@ -96,6 +96,7 @@ func (a *apiServer) locked(f func()) {
 // wait returns when cond, called with the lock held, is true.
 func (a *apiServer) wait(what string, cond func() bool) {
 	a.t.Helper()
+	end := deadline()
 	for {
 		a.mu.Lock()
 		ok, changed := cond(), a.changed
@@ -107,7 +108,7 @@ func (a *apiServer) wait(what string, cond func() bool) {
 		case <-changed:
 		case <-a.t.Context().Done():
 			a.t.Fatal("test ended while waiting for: ", what)
-		case <-deadline():
+		case <-end:
 			a.t.Fatal("waited in vain for: ", what)
 		}
 	}
@@ -166,6 +167,14 @@ func (a *apiServer) disconnect() {
 	})
 }
 
+// bookmark tells all watches of a resource that nothing else has happened.
+func (a *apiServer) bookmark(resource string) {
+	a.locked(func() {
+		a.rv++
+		a.history = append(a.history, historic{rv: a.rv, resource: resource})
+	})
+}
+
 // compact makes all resource versions so far too old to watch from.
 func (a *apiServer) compact() { a.locked(func() { a.rv++; a.compacted = a.rv }) }
 
@@ -214,7 +223,7 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		a.locked(func() { a.opened[verb+" "+resource+" "+selector]++ })
 		refuse(w, apierrors.NewForbidden(gr, "", fmt.Errorf("not by this user")))
 	case verb == "list":
-		a.list(w, resource, namespace, selector)
+		a.list(w, resource, namespace, selector, q.Get("resourceVersion"))
 	case verb == "watch":
 		a.watch(w, r, resource, namespace, selector)
 	case verb == "get" && resource == "nodes":
@@ -273,7 +282,8 @@ func (a *apiServer) selected(resource, namespace, selector string) []apiObject {
 	return items
 }
 
-func (a *apiServer) list(w http.ResponseWriter, resource, namespace, selector string) {
+// list answers with the present, but where version 0 allows it from the past: there it knows pods alone.
+func (a *apiServer) list(w http.ResponseWriter, resource, namespace, selector, version string) {
 	var body map[string]any
 	a.locked(func() {
 		a.opened["list "+resource+" "+selector]++
@@ -281,6 +291,9 @@ func (a *apiServer) list(w http.ResponseWriter, resource, namespace, selector st
 		body = map[string]any{
 			"kind": kind, "apiVersion": "v1", "metadata": map[string]any{"resourceVersion": strconv.Itoa(a.rv)},
 			"items": a.selected(resource, namespace, selector),
+		}
+		if version == "0" && resource != "pods" {
+			body["items"], body["metadata"] = []apiObject{}, map[string]any{"resourceVersion": "1"}
 		}
 	})
 	respond(w, http.StatusOK, body)
@@ -351,6 +364,8 @@ func (a *apiServer) watch(w http.ResponseWriter, r *http.Request, resource, name
 			}
 			was, is := selects(h.was, namespace, selector), selects(h.is, namespace, selector)
 			switch {
+			case h.was == nil && h.is == nil:
+				bookmark(h.rv, false)
 			case is && was:
 				send("MODIFIED", h.is)
 			case is:

@@ -5,25 +5,39 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 )
 
-// failures are the watches that do not work at present. The number is bounded by that of the watches.
+// failures are the watches that do not work at present.
 type failures struct {
 	mu     sync.Mutex
-	now    map[string]error
+	now    map[*following]error
 	logged map[string]time.Time // by verb, resource and reason: a few
+}
+
+// following is one watch of the API server, with its lists.
+type following struct {
+	resource string
+	what     string // for people
+	over     bool   // guarded by failures.mu
 }
 
 // logEvery is how often one kind of failure is logged: a full node has hundreds of watches, and all of them fail at once.
 const logEvery = time.Minute
 
-// note keeps err and reports whether to log it.
-func (f *failures) note(what, kind string, err error) bool {
+// note keeps err and reports whether to log it. A list that is cancelled may end after its watch: it is not heard.
+func (f *failures) note(w *following, verb string, err error) bool {
+	kind := verb + " " + w.resource + " " + string(apierrors.ReasonForError(err))
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.now[what] = err
+	if w.over {
+		return false
+	}
+	f.now[w] = err
 	if t, ok := f.logged[kind]; ok && time.Since(t) < logEvery {
 		return false
 	}
@@ -31,28 +45,36 @@ func (f *failures) note(what, kind string, err error) bool {
 	return true
 }
 
-// clear forgets what and reports whether it was the last failure.
-func (f *failures) clear(what string) bool {
+// clear forgets the failure of w and reports whether it was the last one.
+func (f *failures) clear(w *following) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.now[what] == nil {
+	if f.now[w] == nil {
 		return false
 	}
-	delete(f.now, what)
+	delete(f.now, w)
 	return len(f.now) == 0
+}
+
+func (f *failures) end(w *following) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	w.over = true
+	delete(f.now, w)
 }
 
 // err joins the first few.
 func (f *failures) err() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	sorted := slices.SortedFunc(maps.Keys(f.now), func(a, b *following) int { return strings.Compare(a.what, b.what) })
 	var errs []error
-	for i, what := range slices.Sorted(maps.Keys(f.now)) {
+	for i, w := range sorted {
 		if i == 3 {
-			errs = append(errs, fmt.Errorf("and %d more", len(f.now)-i))
+			errs = append(errs, fmt.Errorf("and %d more", len(sorted)-i))
 			break
 		}
-		errs = append(errs, f.now[what])
+		errs = append(errs, f.now[w])
 	}
 	return errors.Join(errs...)
 }

@@ -79,7 +79,7 @@ func New(o Options) (*Pods, error) {
 		policy:     o.Policy,
 		log:        o.Log,
 		onChange:   o.OnChange,
-		failures:   failures{now: make(map[string]error), logged: make(map[string]time.Time)},
+		failures:   failures{now: make(map[*following]error), logged: make(map[string]time.Time)},
 		synced:     make(chan struct{}),
 		pods:       make(map[string]*resident),
 		byIP:       make(map[netip.Addr][]*resident),

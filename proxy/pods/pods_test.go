@@ -221,6 +221,16 @@ func (h *harness) until(what string, cond func() bool) {
 	h.wait(what, cond)
 }
 
+// poll is until for what no event tells of.
+func poll(t *testing.T, what string, cond func() bool) {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); !cond(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("waited in vain for: ", what)
+		}
+	}
+}
+
 // find says in a word what Find says.
 func find(p *Pods, ip string) string {
 	c, err := p.Find(addr(ip))
@@ -405,7 +415,7 @@ func TestWait(t *testing.T) {
 			c, err := h.Wait(ctx, addr(ip))
 			done <- result{c, err}
 		}()
-		h.until("a waiter on "+ip, func() bool { return h.waiters(ip) > 0 })
+		poll(t, "a waiter on "+ip, func() bool { return h.waiters(ip) > 0 })
 		return done
 	}
 	served := func(r result, name string) {
@@ -447,16 +457,29 @@ func TestWait(t *testing.T) {
 	}
 }
 
-// waiters counts who waits on ip. Joining is no event of the API server, so it wakes whoever waits for it.
 func (h *harness) waiters(ip string) int {
 	h.waiting.mu.Lock()
 	defer h.waiting.mu.Unlock()
 	if on := h.waiting.on[addr(ip).Unmap()]; on != nil {
 		return on.n
 	}
-	runtime.Gosched()
-	go h.locked(func() {})
 	return 0
+}
+
+// Another node's pod is nobody here, even if the API server says so.
+func TestForeignPod(t *testing.T) {
+	h := newHarness(t, newAPIServer(t), testPolicy())
+	h.update(func(c *change) { h.upsert(c, podFacts(podOf("b", "", []string{"10.0.0.2"})), time.Now(), time.Time{}) })
+	h.expect(t, map[string]string{"10.0.0.2": "not synced"}) // a pod is not all pods
+	fill(h.Pods, 0)
+	for _, node := range []string{"node-2", "", nodeName, "node-2"} {
+		h.update(func(c *change) {
+			h.upsert(c, podFacts(podOf("a", "", []string{"10.0.0.1"}, onNode(node))), time.Now(), time.Time{})
+		})
+		if got, here := find(h.Pods, "10.0.0.1"), node == nodeName; (got != "unknown") != here || len(h.pods) > 0 != here {
+			t.Errorf("pod of node %q: %s", node, got)
+		}
+	}
 }
 
 // Only the waiters of the IP that changed are woken.
@@ -680,7 +703,7 @@ func TestReconnect(t *testing.T) {
 				if c.Pod.UID != "uid-b" {
 					t.Errorf("caller %+v", c.Pod)
 				}
-				h.until("no failure is remembered", func() bool { return h.Err() == nil })
+				poll(t, "no failure is remembered", func() bool { return h.Err() == nil })
 			})
 		}
 	}
@@ -696,7 +719,7 @@ func TestForbidden(t *testing.T) {
 			a.put(podOf("a", "cart", []string{"10.0.0.1"}), podOf("b", "cart", []string{"10.0.0.2"}))
 			a.forbidden["watch "+resource], a.forbidden["list "+resource] = true, true
 			h := start(t, a, testPolicy())
-			h.until("the refusal", func() bool { return h.Err() != nil && strings.Contains(h.Err().Error(), "list "+resource) })
+			poll(t, "the refusal", func() bool { return h.Err() != nil && strings.Contains(h.Err().Error(), "list "+resource) })
 			if resource != "pods" {
 				h.flush()
 			}
@@ -715,12 +738,9 @@ func TestForbidden(t *testing.T) {
 			}
 			if resource == "serviceaccounts" {
 				a.put(podOf("c", "another", nil))
-				h.until("the second failure", func() bool { return strings.Contains(h.Err().Error(), "another") })
+				poll(t, "the second failure", func() bool { return strings.Contains(h.Err().Error(), "another") })
 				a.delete(podOf("c", "another", nil))
-				h.until("it to be forgotten with its pod", func() bool {
-					go a.locked(func() {})
-					return !strings.Contains(h.Err().Error(), "another")
-				})
+				poll(t, "it to be forgotten with its pod", func() bool { return !strings.Contains(h.Err().Error(), "another") })
 			}
 			a.set(func() { clear(a.forbidden) })
 			h.synced(t).expect(t, map[string]string{"10.0.0.1": "a as cart"})
@@ -745,8 +765,10 @@ func TestRunEnds(t *testing.T) {
 
 	gone := newAPIServer(t)
 	gone.Close()
-	h = start(t, gone, testPolicy())
-	h.until("a failure", func() bool { go gone.locked(func() {}); return h.Err() != nil })
+	h = newHarness(t, gone, testPolicy())
+	h.backoff = &wait.Backoff{Duration: time.Minute, Steps: 1}
+	h.run(t)
+	poll(t, "a failure", func() bool { return h.Err() != nil })
 	begin := time.Now()
 	h.stop()
 	if d := time.Since(begin); d > 5*time.Second {
@@ -758,15 +780,12 @@ func TestRunEnds(t *testing.T) {
 // noGoroutines gives a cancelled list request of client-go, which nobody can wait for, the time to notice.
 func noGoroutines(t *testing.T) {
 	t.Helper()
-	for end := time.Now().Add(5 * time.Second); ; runtime.Gosched() {
-		stacks := ours()
-		if stacks == "" {
-			return
-		}
-		if time.Now().After(end) {
-			t.Errorf("goroutines after Run:\n%s", stacks)
-			return
-		}
+	stacks := ours()
+	for end := time.Now().Add(5 * time.Second); stacks != "" && time.Now().Before(end); stacks = ours() {
+		time.Sleep(time.Millisecond)
+	}
+	if stacks != "" {
+		t.Errorf("goroutines after Run:\n%s", stacks)
 	}
 }
 
@@ -1001,8 +1020,7 @@ func TestEventsAggregate(t *testing.T) {
 	}
 	a.set(func() { a.forbidden["create events"] = true })
 	queue("c", "forbidden")
-	h.until("the log", func() bool {
-		go a.locked(func() {})
+	poll(t, "the log", func() bool {
 		return strings.Contains(h.log.String(), "the permission to create events is missing")
 	})
 }

@@ -146,6 +146,14 @@ func TestFirstSeenByTheWatch(t *testing.T) {
 	if c := mustWait(t, h.Pods, "10.0.0.2"); c.Since.After(before.Add(-catchUp)) || c.Since.Before(before.Add(-catchUp-time.Minute)) {
 		t.Errorf("watched: Since = %s, seen at %s", c.Since, before)
 	}
+	last := func() time.Time {
+		h.Pods.mu.Lock()
+		defer h.Pods.mu.Unlock()
+		return h.contact.last
+	}
+	contact := last()
+	a.bookmark("pods")
+	poll(t, "the bookmark", func() bool { return last().After(contact) })
 	a.set(func() { a.down = true })
 	a.disconnect()
 	h.until("the watch to end", func() bool { return a.open["pods"] == 0 })

@@ -201,7 +201,7 @@ func (p *Pods) upsert(c *change, f facts, now, seen time.Time) {
 		}
 		c.accounts[cur.accountName()] = struct{}{}
 	}
-	if !maps.Equal(was.annotations, f.annotations) || was.ownSource != f.ownSource {
+	if !maps.Equal(was.annotations, f.annotations) {
 		c.accounts[cur.accountName()] = struct{}{}
 		cur.caller = nil
 	}

@@ -92,11 +92,11 @@ func (s *store[O, F]) Bookmark(string) error {
 func (p *Pods) reflect(ctx context.Context, resource, namespace string, selector fields.Selector, of runtime.Object,
 	into kcache.ReflectorStore, opened func(),
 ) {
-	what := resource + " with " + selector.String()
+	w := &following{resource: resource, what: resource + " with " + selector.String()}
 	if namespace != "" {
-		what += " in namespace " + namespace
+		w.what += " in namespace " + namespace
 	}
-	defer p.failures.clear(what)
+	defer p.failures.end(w)
 	lw := kcache.NewFilteredListWatchFromClient(p.client, resource, namespace, func(o *metav1.ListOptions) {
 		o.FieldSelector = selector.String()
 	})
@@ -108,34 +108,34 @@ func (p *Pods) reflect(ctx context.Context, resource, namespace string, selector
 			o.ResourceVersion = ""
 		}
 		l, err := list(ctx, o)
-		p.watched(ctx, "list", resource, what, err)
+		p.followed(ctx, w, "list", err)
 		return l, err
 	}
 	lw.WatchFuncWithContext = func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
-		w, err := open(ctx, o)
+		stream, err := open(ctx, o)
 		if err == nil && opened != nil {
 			opened()
 		}
-		p.watched(ctx, "watch", resource, what, err)
+		p.followed(ctx, w, "watch", err)
 		if err != nil && o.SendInitialEvents != nil {
 			// After errors that it knows, the reflector would sleep for up to a minute here without looking at its context.
 			// After others it lists, which fails alike, and then waits for either.
 			return nil, errors.New(err.Error())
 		}
-		return w, err
+		return stream, err
 	}
 	discard := logr.Discard()
 	kcache.NewReflectorWithOptions(lw, of, into, kcache.ReflectorOptions{Name: resource, Logger: &discard, Backoff: p.backoff}).
 		RunWithContext(logr.NewContext(ctx, discard))
 }
 
-// watched notes how a list or the opening of a watch went.
-func (p *Pods) watched(ctx context.Context, verb, resource, what string, err error) {
+// followed notes how a list or the opening of a watch went.
+func (p *Pods) followed(ctx context.Context, w *following, verb string, err error) {
 	switch {
 	case ctx.Err() != nil:
 		return
 	case err == nil:
-		if p.failures.clear(what) {
+		if p.failures.clear(w) {
 			p.log.Info("following the API server again", "node", p.node)
 		}
 		return
@@ -143,10 +143,9 @@ func (p *Pods) watched(ctx context.Context, verb, resource, what string, err err
 		verb == "watch" && (apierrors.IsInvalid(err) || apierrors.IsBadRequest(err)): // an API server without watch-list
 		return // a list follows
 	}
-	kind := verb + " " + resource + " " + string(apierrors.ReasonForError(err))
-	err = explainForbidden(err, verb, resource)
-	if p.failures.note(what, kind, fmt.Errorf("%s %s: %w", verb, what, err)) {
-		p.log.Error("cannot follow objects of the API server, will try again", "verb", verb, "resource", resource, "which", what, "error", err)
+	err = explainForbidden(err, verb, w.resource)
+	if p.failures.note(w, verb, fmt.Errorf("%s %s: %w", verb, w.what, err)) {
+		p.log.Error("cannot follow objects of the API server, will try again", "verb", verb, "resource", w.resource, "which", w.what, "error", err)
 	}
 }
 
