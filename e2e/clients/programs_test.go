@@ -150,6 +150,14 @@ func TestPrograms(t *testing.T) {
 		{name: "healthy", script: healthy, who: all, ok: all},
 		{name: "IPv6", env: []string{"AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE=IPv6"}, script: healthy, who: v6, ok: all},
 		{name: "v2 only", env: []string{"AWS_EC2_METADATA_V1_DISABLED=true"}, script: v2only, who: all, ok: func(c client) bool { return !c.v1 }},
+		// One character more, and crt refuses the token.
+		{name: "a session token of 64 characters", script: func(method, path string, h textproto.MIMEHeader) answer {
+			a := healthy(method, path, h)
+			if method == "PUT" {
+				a.body = strings.Repeat("A", 64)
+			}
+			return a
+		}, who: all, ok: all},
 		{name: "every answer 300 ms late", script: late(300 * time.Millisecond), who: all, ok: all},
 		{name: "list 404", script: change(list, answer{status: 404, body: "no role here"}), who: all, ok: never},
 		{name: "list 403", script: change(list, answer{status: 403, body: "not allowed here"}), who: all, ok: never},
