@@ -114,3 +114,16 @@ func owned(n *lab.Node, d document, role string) error {
 	}
 	return nil
 }
+
+// getResponse is get for those who want the headers.
+func getResponse(ctx context.Context, p *lab.Pod, path string) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, endpoint+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := p.HTTP().Do(req)
+	if err == nil {
+		resp.Body.Close()
+	}
+	return resp, err
+}

@@ -2,6 +2,7 @@ package lab
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -76,6 +77,8 @@ type DaemonOptions struct {
 	Flags []string // after the lab's own: -node and -kubeconfig
 	Env   []string // beside the lab's own
 	Wrap  []string // a program and arguments in front of the daemon's: setpriv, env
+	// OpsPort is where the ops listener is, for a second daemon on the node; 0: 9181, the daemon's own default.
+	OpsPort int
 	// Bare leaves out the lab's own flags, HOST_IP and AWS_REGION.
 	Bare bool
 }
@@ -103,11 +106,13 @@ func (n *Node) LaunchDaemon(ctx context.Context, o DaemonOptions) (*Daemon, erro
 		return nil, err
 	}
 	argv := append(slices.Clone(o.Wrap), binary)
-	// A race is reported and ends the daemon with the code that WaitExit then sees.
 	env := append(cleanEnv(filepath.Join(n.dir, "home")), "AWS_CA_BUNDLE="+n.lab.AWSCA, "SSL_CERT_FILE="+n.lab.AWSCA)
 	if !o.Bare {
 		argv = append(argv, "-node", n.Name, "-kubeconfig", n.Kubeconfig())
 		env = append(env, "HOST_IP="+n.hostIP(), "AWS_REGION="+Region)
+	}
+	if o.OpsPort != 0 {
+		argv = append(argv, "-ops-addr", fmt.Sprintf(":%d", o.OpsPort))
 	}
 	argv = append(argv, o.Flags...)
 	cmd := n.Net.command(context.Background(), append(n.binds(), bind{n.runDir(), "/run"}), append(env, o.Env...), argv[0], argv[1:]...)
@@ -162,7 +167,8 @@ func (d *Daemon) WaitReady(ctx context.Context) error {
 
 // Ops asks the ops listener; an answer other than 200 is an error.
 func (d *Daemon) Ops(ctx context.Context, path string) (string, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://127.0.0.1:9181"+path, nil)
+	port := cmp.Or(d.Options.OpsPort, 9181)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d%s", port, path), nil)
 	if err != nil {
 		return "", err
 	}

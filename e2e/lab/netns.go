@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -241,10 +242,27 @@ func (n *Namespace) addVeth(name string, peer *Namespace, peerName string) (here
 	if err == nil {
 		err = errors.Join(n.link.LinkSetUp(here), peer.link.LinkSetUp(there))
 	}
+	if err == nil {
+		err = errors.Join(n.waitUp(here), peer.waitUp(there))
+	}
 	if err != nil {
 		return nil, nil, fmt.Errorf("set up veth %s in %s: %w", name, n.Name, err)
 	}
 	return here, there, nil
+}
+
+// waitUp waits until the link carries packets. The kernel switches the first end of a veth on some time after the second one
+// is up; what is sent before is lost, and TCP tries again after a second only.
+func (n *Namespace) waitUp(link netlink.Link) error {
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+		l, err := n.link.LinkByIndex(link.Attrs().Index)
+		if err != nil || l.Attrs().OperState == netlink.OperUp {
+			return err
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%s is still %s", l.Attrs().Name, l.Attrs().OperState)
+		}
+	}
 }
 
 // addBridge makes a bridge that is up. Its hardware address is fixed: otherwise it would change with every port, and what
