@@ -42,6 +42,13 @@ func guardRules(f *family, priority uint32) []ipRule {
 	}
 }
 
+// standIn refuses in unreachable's place while that moves behind goto. It is another rule, so that no deletion can hit the wrong
+// one of two, whatever others do to the rules meanwhile.
+func standIn(refuse ipRule) ipRule {
+	refuse.action = nl.FR_ACT_PROHIBIT
+	return refuse
+}
+
 // like reports whether two rules do the same to packets, whoever made them. The kernel refuses a second rule that differs
 // in its protocol alone.
 func (r ipRule) like(o ipRule) bool {
@@ -55,7 +62,8 @@ func (r ipRule) ours(f *family) bool {
 	if r.action == nl.FR_ACT_NOP {
 		p--
 	}
-	return slices.Contains(guardRules(f, p), r)
+	rules := guardRules(f, p)
+	return slices.Contains(append(rules, standIn(rules[2])), r)
 }
 
 func (r ipRule) String() string {
@@ -85,6 +93,8 @@ func (r ipRule) String() string {
 		b.WriteString(" nop")
 	case nl.FR_ACT_UNREACHABLE:
 		b.WriteString(" unreachable")
+	case nl.FR_ACT_PROHIBIT:
+		b.WriteString(" prohibit")
 	default:
 		fmt.Fprintf(&b, " action %d", r.action)
 	}
@@ -93,9 +103,8 @@ func (r ipRule) String() string {
 
 // ruleOp is one step of an installation, a repair or a removal.
 type ruleOp struct {
-	del   bool
-	again bool // add although there is such a rule
-	rule  ipRule
+	del  bool
+	rule ipRule
 }
 
 func (o ruleOp) String() string {
@@ -105,8 +114,9 @@ func (o ruleOp) String() string {
 	return "add " + o.rule.String()
 }
 
-// planGuard returns the steps that make the guard whole, given the kernel's rules in its order. A new rule goes behind those
-// of the same priority. At every step the node reaches the endpoint if it did before, and from unreachable on nobody else.
+// planGuard returns the next steps towards a whole guard, given the kernel's rules in its order; none when it is whole. A new rule
+// goes behind those of the same priority. At every step the node reaches the endpoint if it did before, and from unreachable on
+// nobody else.
 func planGuard(f *family, priority uint32, have []ipRule) []ruleOp {
 	want := guardRules(f, priority)
 	nop, jump, refuse := want[0], want[1], want[2]
@@ -118,13 +128,24 @@ func planGuard(f *family, priority uint32, have []ipRule) []ruleOp {
 	if j < 0 {
 		ops, j = append(ops, ruleOp{rule: jump}), len(have)
 	}
-	// An unreachable before goto cuts the node off: one behind goto comes first, then the early one goes. Closed throughout.
-	early := slices.DeleteFunc(slices.Clone(have[:j]), func(r ipRule) bool { return r != refuse })
-	if !slices.ContainsFunc(have[j:], refuse.like) {
-		ops = append(ops, ruleOp{rule: refuse, again: slices.ContainsFunc(have[:j], refuse.like)})
+	late := slices.ContainsFunc(have[j:], refuse.like)
+	other := standIn(refuse)
+	stands := slices.Contains(have, other)
+	// An unreachable of ours before goto cuts the node off. It moves behind.
+	for _, r := range have[:j] {
+		if r != refuse {
+			continue
+		}
+		if !stands {
+			ops, stands = append(ops, ruleOp{rule: other}), true
+		}
+		ops = append(ops, ruleOp{del: true, rule: refuse})
 	}
-	for _, r := range early {
-		ops = append(ops, ruleOp{del: true, rule: r})
+	if !late {
+		return append(ops, ruleOp{rule: refuse})
+	}
+	if stands { // and unreachable was seen in its place
+		ops = append(ops, ruleOp{del: true, rule: other})
 	}
 	return ops
 }
@@ -132,7 +153,7 @@ func planGuard(f *family, priority uint32, have []ipRule) []ruleOp {
 // planRemoval returns the steps that take away what the guard made, at any priority but those in keep.
 func planRemoval(f *family, have []ipRule, keep ...ipRule) []ruleOp {
 	var ops []ruleOp
-	for _, action := range []uint8{nl.FR_ACT_UNREACHABLE, nl.FR_ACT_GOTO, nl.FR_ACT_NOP} {
+	for _, action := range []uint8{nl.FR_ACT_PROHIBIT, nl.FR_ACT_UNREACHABLE, nl.FR_ACT_GOTO, nl.FR_ACT_NOP} {
 		for _, r := range have {
 			if r.action == action && r.ours(f) && !slices.Contains(keep, r) {
 				ops = append(ops, ruleOp{del: true, rule: r})
@@ -188,11 +209,8 @@ func listRules(f *family) ([]ipRule, error) {
 // apply does one step. A rule that is there already, or gone already, is a success.
 func (o ruleOp) apply(f *family) error {
 	kind, flags := unix.RTM_NEWRULE, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK
-	switch {
-	case o.del:
+	if o.del {
 		kind, flags = unix.RTM_DELRULE, unix.NLM_F_ACK
-	case o.again: // netlink.RuleAdd cannot
-		flags &^= unix.NLM_F_EXCL
 	}
 	req := nl.NewNetlinkRequest(kind, flags)
 	for _, d := range encodeRule(f, o.rule) {

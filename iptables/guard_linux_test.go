@@ -23,7 +23,7 @@ func (l ruleList) apply(op ruleOp) (ruleList, error) {
 		}
 		return slices.Delete(slices.Clone(l), i, i+1), nil
 	}
-	if !op.again && slices.ContainsFunc(l, op.rule.like) {
+	if slices.ContainsFunc(l, op.rule.like) {
 		return l, fmt.Errorf("%s: exists", op)
 	}
 	i := 0
@@ -42,7 +42,7 @@ func (l ruleList) refuses(f *family, iif string) bool {
 			continue
 		}
 		switch r.action {
-		case nl.FR_ACT_UNREACHABLE:
+		case nl.FR_ACT_UNREACHABLE, nl.FR_ACT_PROHIBIT:
 			return true
 		case nl.FR_ACT_GOTO:
 			if to := slices.IndexFunc(l, func(o ipRule) bool { return o.priority == r.target }); to >= 0 {
@@ -53,7 +53,22 @@ func (l ruleList) refuses(f *family, iif string) bool {
 	return false
 }
 
-// From any state, with duplicates, in any order, with other agents' rules between: the plan makes the guard whole; the node never
+// rounds returns the steps of as many plans as it takes.
+func rounds(t *testing.T, f *family, priority uint32, l ruleList) (all []ruleOp) {
+	t.Helper()
+	for range 3 {
+		for _, op := range planGuard(f, priority, l) {
+			var err error
+			if l, err = l.apply(op); err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, op)
+		}
+	}
+	return all
+}
+
+// From any state, that of a repair that was broken off too, in any order, with other agents' rules between: the plan makes the guard whole; the node never
 // loses the endpoint by it, and once pods are refused they stay so.
 func TestPlanGuardHoldsAtEveryStep(t *testing.T) {
 	for _, f := range families {
@@ -62,15 +77,15 @@ func TestPlanGuardHoldsAtEveryStep(t *testing.T) {
 			foreign := want[0]
 			foreign.protocol = unix.RTPROT_STATIC
 			local := ipRule{action: nl.FR_ACT_TO_TBL, table: unix.RT_TABLE_LOCAL}
-			pool := slices.Concat(want, want, []ipRule{foreign, local, {priority: priority + 1, action: nl.FR_ACT_TO_TBL, table: 101, iif: "eni1"}})
+			pool := slices.Concat(want, []ipRule{standIn(want[2]), foreign, local, {priority: priority + 1, action: nl.FR_ACT_TO_TBL, table: 101, iif: "eni1"}})
 			rnd := rand.New(rand.NewPCG(1, uint64(priority)))
 			for range 2000 {
 				var have ruleList
 				for _, i := range rnd.Perm(len(pool))[:rnd.IntN(len(pool)+1)] {
-					have, _ = have.apply(ruleOp{rule: pool[i], again: true})
+					have, _ = have.apply(ruleOp{rule: pool[i]})
 				}
 				l := have
-				for _, op := range planGuard(f, priority, have) {
+				for _, op := range rounds(t, f, priority, have) {
 					cut, closed := l.refuses(f, "lo"), l.refuses(f, "eth1")
 					var err error
 					if l, err = l.apply(op); err != nil {
@@ -120,14 +135,17 @@ func TestPlanGuardSteps(t *testing.T) {
 		{"nothing", nil, []string{"add 1: nop", "add 0: to 169.254.169.254/32 iif lo goto 1", "add 0: to 169.254.169.254/32 unreachable"}},
 		{"whole", []ipRule{jump, refuse, nop}, nil},
 		{"made at boot without the tag", []ipRule{boot(jump), boot(refuse), boot(nop)}, nil},
-		{"nop first", []ipRule{refuse}, []string{"add 1: nop", "add 0: to 169.254.169.254/32 iif lo goto 1", "add 0: to 169.254.169.254/32 unreachable", "del 0: to 169.254.169.254/32 unreachable"}},
-		{"wrong order", []ipRule{refuse, jump, nop}, []string{"add 0: to 169.254.169.254/32 unreachable", "del 0: to 169.254.169.254/32 unreachable"}},
+		{"nop first", []ipRule{refuse}, []string{"add 1: nop", "add 0: to 169.254.169.254/32 iif lo goto 1", "add 0: to 169.254.169.254/32 prohibit",
+			"del 0: to 169.254.169.254/32 unreachable", "add 0: to 169.254.169.254/32 unreachable", "del 0: to 169.254.169.254/32 prohibit"}},
+		{"wrong order", []ipRule{refuse, jump, nop}, []string{"add 0: to 169.254.169.254/32 prohibit",
+			"del 0: to 169.254.169.254/32 unreachable", "add 0: to 169.254.169.254/32 unreachable", "del 0: to 169.254.169.254/32 prohibit"}},
+		{"broken off", []ipRule{jump, standIn(refuse), nop}, []string{"add 0: to 169.254.169.254/32 unreachable", "del 0: to 169.254.169.254/32 prohibit"}},
 		{"foreign unreachable in front", []ipRule{boot(refuse), jump, refuse, nop}, nil},
 		{"another interface's", []ipRule{{dst: refuse.dst, action: refuse.action, iif: "eth0", protocol: RuleProtocol}, jump, nop}, []string{"add 0: to 169.254.169.254/32 unreachable"}},
 		{"narrow", []ipRule{jump, {dst: refuse.dst, action: refuse.action, narrow: true, protocol: RuleProtocol}, nop}, []string{"add 0: to 169.254.169.254/32 unreachable"}},
 	} {
 		var got []string
-		for _, op := range planGuard(ipv4, 0, tc.have) {
+		for _, op := range rounds(t, ipv4, 0, tc.have) {
 			got = append(got, op.String())
 		}
 		if d := cmp.Diff(tc.want, got); d != "" {
@@ -148,7 +166,7 @@ func TestOnlyFullMatchesAreOurs(t *testing.T) {
 				"source":    func(r *ipRule) { r.src = netip.MustParsePrefix("10.0.0.0/8") },
 				"more":      func(r *ipRule) { r.narrow = true },
 				"not":       func(r *ipRule) { r.invert = true },
-				"action":    func(r *ipRule) { r.action = nl.FR_ACT_PROHIBIT },
+				"action":    func(r *ipRule) { r.action = nl.FR_ACT_BLACKHOLE },
 			} {
 				other := r
 				if change(&other); other.ours(f) {
@@ -188,4 +206,27 @@ func FuzzDecodeRule(f *testing.F) {
 			_ = r.ours(ipv4)
 		}
 	})
+}
+
+// Somebody deletes rules in the middle of a repair, as `ip rule flush` does: no step of the plan takes away what refuses pods.
+func TestPlanGuardAgainstAFlush(t *testing.T) {
+	want := guardRules(ipv4, 100)
+	for _, have := range []ruleList{{want[2], want[0]}, {want[2], want[1], want[0]}, {want[2]}} {
+		plan := planGuard(ipv4, 100, have)
+		for at := range plan {
+			for _, gone := range want {
+				l := have
+				for i, op := range plan {
+					if i == at {
+						l, _ = l.apply(ruleOp{del: true, rule: gone})
+					}
+					closed := l.refuses(ipv4, "eth1")
+					l, _ = l.apply(op)
+					if closed && !l.refuses(ipv4, "eth1") {
+						t.Errorf("from %v, with %q gone before step %d: %q opens the endpoint: %v", have, gone, at, op, l)
+					}
+				}
+			}
+		}
+	}
 }

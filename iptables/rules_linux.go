@@ -142,30 +142,32 @@ func (r *Rules) EnsureGuard(ctx context.Context) error {
 
 // ensureGuard returns what it did.
 func (r *Rules) ensureGuard(ctx context.Context, f *family) ([]ruleOp, error) {
-	ops, err := func() ([]ruleOp, error) {
-		have, err := listRules(f)
-		if err != nil {
-			return nil, err
-		}
-		ops := planGuard(f, r.priority, have)
-		if len(ops) == 0 {
-			return nil, nil
-		}
-		if err := r.applyGuard(ctx, f, ops); err != nil {
-			return nil, err
-		}
-		if have, err = listRules(f); err != nil {
-			return nil, err
-		}
-		return ops, guardDefect(f, r.priority, have)
-	}()
+	done, err := r.completeGuard(ctx, f)
 	if errors.Is(err, errNoFamily) && f == ipv6 {
 		return nil, nil
 	}
 	if r.verdict(subject{"guard", f}, err) && err != nil {
 		r.log.Error("guard is not whole", "family", f.name, "error", err)
 	}
-	return ops, err
+	return done, err
+}
+
+func (r *Rules) completeGuard(ctx context.Context, f *family) (done []ruleOp, err error) {
+	for range 5 { // more than two only if somebody works against it
+		have, err := listRules(f)
+		if err != nil {
+			return done, err
+		}
+		ops := planGuard(f, r.priority, have)
+		if len(ops) == 0 {
+			return done, nil
+		}
+		if err := r.applyGuard(ctx, f, ops); err != nil {
+			return done, err
+		}
+		done = append(done, ops...)
+	}
+	return done, fmt.Errorf("the guard is not whole after %v: somebody works against it", done)
 }
 
 // EnsureRedirect makes the redirect lead to the given addresses of this node, at most one a family, and takes ownership of
@@ -203,11 +205,16 @@ func (r *Rules) ensureRedirect(ctx context.Context, to []netip.AddrPort) error {
 			if err := r.installRedirect(ctx, f, targets[f]); err != nil {
 				return err
 			}
+		}
+		if err := r.owner.take(); err != nil {
+			return err
+		}
+		for _, f := range families { // by now the instance before this one does not repair it
 			if err := r.removeStaleGuard(ctx, f); err != nil {
 				return err
 			}
 		}
-		return r.owner.take()
+		return nil
 	})
 }
 
@@ -342,7 +349,7 @@ func (r *Rules) cut(f *family, d redirect) {
 	}
 }
 
-// removeStaleGuard takes away what an earlier run left at another priority, or all of it without Options.Guard.
+// removeStaleGuard takes away what an earlier run left at another priority.
 func (r *Rules) removeStaleGuard(ctx context.Context, f *family) error {
 	if !r.guard {
 		return nil // fail closed: -cleanup removes it
