@@ -21,7 +21,8 @@ import (
 const (
 	tokenVersion  = 1
 	tokenHead     = 1 + 8 + 8 // version, issue time and expiry in Unix milliseconds
-	tokenRaw      = tokenHead + sha256.Size
+	tokenMACSize  = 25 // of the HMAC's 32 bytes
+	tokenRaw      = tokenHead + tokenMACSize
 	tokenKeySize  = 32
 	tokenKeyFile  = "token.key"
 	maxTokenTTL   = 21600
@@ -33,6 +34,9 @@ const (
 // tokens issues and checks IMDSv2 session tokens. They are stateless, so issuing one depends on nothing, and survive a
 // restart with the key: some SDKs hold theirs for six hours. A token is no credential: it shows that its bearer could send
 // a PUT, which a forged cross-site or server-side GET cannot. Who the caller is, is told by its connection.
+//
+// A token has 56 characters, as the real endpoint's. More than 64 do not fit the buffer of aws-c-auth 0.6 (CRT 0.16), which
+// then fails without a word.
 type tokens struct {
 	encoding *base64.Encoding
 	macs     sync.Pool
@@ -60,7 +64,7 @@ func (m *tokenMAC) sign(ip netip.Addr) []byte {
 	m.Reset()
 	_, _ = m.Write(m.raw[:tokenHead]) // never fails
 	_, _ = m.Write(m.ip[:])
-	return m.Sum(m.sum[:0])
+	return m.Sum(m.sum[:0])[:tokenMACSize]
 }
 
 func (t *tokens) issue(ip netip.Addr, now time.Time, ttl time.Duration) string {

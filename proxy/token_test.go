@@ -114,14 +114,17 @@ func TestTokenMAC(t *testing.T) {
 		if err != nil || len(raw) != tokenRaw {
 			t.Fatal(err, len(raw))
 		}
+		if n := tokens.encoding.EncodedLen(len(raw)); n > 64 {
+			t.Errorf("%d characters do not fit the buffer of CRT 0.16", n)
+		}
 		mac := hmac.New(sha256.New, key)
 		as16 := ip.As16()
 		mac.Write(raw[:tokenHead])
 		mac.Write(as16[:])
-		if !bytes.Equal(mac.Sum(nil), raw[tokenHead:]) {
+		if !bytes.Equal(mac.Sum(nil)[:tokenMACSize], raw[tokenHead:]) {
 			t.Error("not the HMAC")
 		}
-		tokens.check(ip, strings.Repeat("A", 66), time.Now())
+		tokens.check(ip, strings.Repeat("A", 56), time.Now())
 	}
 }
 
@@ -143,12 +146,12 @@ func FuzzToken(f *testing.F) {
 	ip, now := netip.MustParseAddr("10.1.2.3"), time.Unix(1_800_000_000, 0)
 	valid := tokens.issue(ip, now, time.Hour)
 	f.Add(valid)
-	f.Add(valid[:65] + "\n")
-	f.Add(valid[:65] + "=")
+	f.Add(valid[:55] + "\n")
+	f.Add(valid[:55] + "=")
 	f.Add(strings.ToUpper(valid))
 	f.Add("")
-	f.Add(strings.Repeat("A", 66))
-	f.Add(strings.Repeat("\x00", 66))
+	f.Add(strings.Repeat("A", 56))
+	f.Add(strings.Repeat("\x00", 56))
 	f.Add(tokens.issue(netip.MustParseAddr("10.1.2.4"), now, time.Hour))
 	f.Add(newTokens(bytes.Repeat([]byte("x"), 32)).issue(ip, now, time.Hour))
 	f.Fuzz(func(t *testing.T, token string) {
