@@ -41,7 +41,9 @@ type Options struct {
 	// Encode is called once per issued credentials; its result is their Document. Nil: no document.
 	Encode func(Credentials) []byte
 	// Rate is both the issue calls a second and their burst (at least 1). Zero: 10.
-	Rate    float64
+	Rate float64
+	// Dir keeps what was issued for the next run, see Restore. Empty: nothing is kept.
+	Dir     string
 	Log     *slog.Logger          // nil: none
 	Metrics prometheus.Registerer // nil: none
 }
@@ -59,6 +61,13 @@ type Cache struct {
 	mu         sync.RWMutex
 	entries    map[Key]*entry
 	background int // issues in flight that no request waited for when they began
+
+	// Of an earlier run. A value becomes an entry's when exactly its key is live or asked for, so that every one is authorized
+	// afresh; until then nothing serves it.
+	restored map[Key]*value
+	dir      string
+	store    *store    // nil: nothing is kept
+	unkept   time.Time // when a failure to keep something was last logged
 
 	// Run's own, kept between passes to save the allocation.
 	keys []liveKey
@@ -84,12 +93,45 @@ func New(o Options) *Cache {
 		bucket:  rate.NewLimiter(rate.Limit(limit), int(math.Ceil(limit))),
 		wake:    make(chan struct{}, 1),
 		entries: make(map[Key]*entry),
+		dir:     o.Dir,
 	}
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
 	}
 	c.metrics = newMetrics(o.Metrics, c)
 	return c
+}
+
+// Restore reads what an earlier run kept in Options.Dir, so that a restart costs no STS call and survives an STS outage. It is
+// called once, before Run; without Dir it does nothing. It makes the directory when it is missing and refuses one that others
+// than root and this process may use. Single files that cannot be used are dropped, with a log line.
+func (c *Cache) Restore() error {
+	if c.dir == "" {
+		return nil
+	}
+	s, err := openStore(c.dir)
+	if err != nil {
+		return fmt.Errorf("directory of kept credentials: %w", err)
+	}
+	values, err := s.load(time.Now(), c.encode, func(file string, err error) {
+		c.log.Warn("kept credentials dropped", "file", file, "error", err.Error())
+	})
+	if err != nil {
+		return fmt.Errorf("read kept credentials: %w", err)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.store, c.restored = s, values
+	c.log.Info("credentials of an earlier run", "sessions", len(values))
+	return nil
+}
+
+// newEntry makes the entry of a key, with the value of an earlier run if there is one. The lock is held.
+func (c *Cache) newEntry(key Key) *entry {
+	e := &entry{key: key, value: c.restored[key], changed: make(chan struct{})}
+	delete(c.restored, key)
+	c.entries[key] = e
+	return e
 }
 
 // Peek returns the credentials of a key, or nil unless there are some that may be served. It never blocks on an issue and
@@ -114,8 +156,7 @@ func (c *Cache) Get(ctx context.Context, key Key) (*Credentials, error) {
 	defer c.mu.Unlock()
 	e := c.entries[key]
 	if e == nil {
-		e = &entry{key: key, changed: make(chan struct{})}
-		c.entries[key] = e
+		e = c.newEntry(key)
 	}
 	if e.servable(time.Now()) {
 		c.metrics.served(e)
@@ -205,6 +246,13 @@ func (c *Cache) readLive() {
 	for key, prefetch := range c.live() {
 		c.keys = append(c.keys, liveKey{key, prefetch})
 	}
+	now := time.Now()
+	var gone []Key
+	defer func() {
+		for _, key := range gone { // without the lock: a disk may be slow
+			c.store.remove(key)
+		}
+	}()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, e := range c.entries {
@@ -216,14 +264,23 @@ func (c *Cache) readLive() {
 			if !k.prefetch {
 				continue
 			}
-			e = &entry{key: k.key, changed: make(chan struct{})}
-			c.entries[k.key] = e
+			e = c.newEntry(k.key)
 		}
 		e.live, e.prefetch = true, e.prefetch || k.prefetch
 	}
 	for key, e := range c.entries {
 		if !e.live && e.waiters == 0 && !e.issuing {
 			delete(c.entries, key)
+			if c.store != nil {
+				gone = append(gone, key)
+			}
+		}
+	}
+	// Nobody may want them, but before the pods are known nobody does. They are few, and none outlives its session.
+	for key, v := range c.restored {
+		if !v.servable(now) {
+			delete(c.restored, key)
+			gone = append(gone, key)
 		}
 	}
 }
@@ -316,6 +373,9 @@ func (c *Cache) finish(ctx context.Context, e *entry, v *value, err error) {
 	e.changed = make(chan struct{})
 	c.mu.Unlock()
 	c.Wake()
+	if err == nil {
+		c.keep(ctx, e.key, v)
+	}
 
 	log := c.log.With("namespace", e.key.Namespace, "service_account", e.key.ServiceAccount,
 		"role_arn", e.key.RoleARN, "session_name", e.key.SessionName)
@@ -325,6 +385,26 @@ func (c *Cache) finish(ctx context.Context, e *entry, v *value, err error) {
 			"expires", v.creds.Expires.UTC(), "sts_request_id", v.creds.RequestID)
 	case ctx.Err() == nil: // else Run ends, which is no failure
 		log.WarnContext(ctx, "issuing session failed", "error", err.Error(), "retry_in", retryIn.Round(time.Millisecond).String())
+	}
+}
+
+// keep writes what was issued for the next run. Nobody waits for it, and its failure fails nothing: the next run asks again.
+func (c *Cache) keep(ctx context.Context, key Key, v *value) {
+	if c.store == nil {
+		return
+	}
+	err := c.store.save(key, v.creds)
+	if err == nil {
+		return
+	}
+	c.mu.Lock()
+	say := time.Since(c.unkept) > time.Minute
+	if say {
+		c.unkept = time.Now()
+	}
+	c.mu.Unlock()
+	if say {
+		c.log.WarnContext(ctx, "credentials are not kept for a restart: free some space in the state directory", "error", err.Error())
 	}
 }
 

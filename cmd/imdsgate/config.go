@@ -109,7 +109,7 @@ func (c *Config) flags(hostIPs *[]string) *flag.FlagSet {
 	fs.IntVar(&c.GuardPriority, "guard-priority", 0, "`priority` of the guard's first rules")
 	fs.StringVar(&c.Interface, "interface", "", "match the incoming interface too, such as eni+ or !eth0; empty: any")
 	fs.StringVar(&c.StartupTaint, "startup-taint", "", "taint `key` removed from the node once pods would be answered; needs get and patch on nodes")
-	fs.StringVar(&c.StateDir, "state-dir", "/run/imdsgate", "`directory` of the token key and of the rules' ownership; empty: keep nothing")
+	fs.StringVar(&c.StateDir, "state-dir", "/run/imdsgate", "`directory` of the token key, the issued credentials and the rules' ownership, on a tmpfs; empty: keep nothing")
 	fs.StringVar(&c.MetadataAddr, "metadata-addr", "169.254.169.254", "`address` of the real metadata endpoint, for passthrough")
 	fs.TextVar(&c.LogLevel, "log-level", slog.LevelInfo, "debug, info, warn or error")
 	fs.StringVar(&c.LogFormat, "log-format", "json", "json or text")

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"syscall"
@@ -152,9 +153,16 @@ func newDaemon(ctx context.Context, c *Config, log *slog.Logger) (*daemon, error
 	if err != nil {
 		return nil, err
 	}
+	kept := ""
+	if c.StateDir != "" {
+		kept = filepath.Join(c.StateDir, "credentials")
+	}
 	d.cache = cache.New(cache.Options{
-		Issuer: issuer, Live: d.pods.Live, Encode: proxy.Encode, Rate: c.STSRate, Log: log, Metrics: d.metrics,
+		Issuer: issuer, Live: d.pods.Live, Encode: proxy.Encode, Rate: c.STSRate, Dir: kept, Log: log, Metrics: d.metrics,
 	})
+	if err := d.cache.Restore(); err != nil {
+		return nil, fmt.Errorf("%w (-state-dir)", err)
+	}
 	d.server, err = proxy.NewServer(proxy.Options{
 		Callers: d.pods, Credentials: d.cache, Reports: d.pods, TokenKey: tokenKey, IMDSv1: c.IMDSv1,
 		Hold: c.IdentifyTimeout, MetadataAddr: c.MetadataAddr, Allow: c.Allow, Log: log, Metrics: d.metrics,
