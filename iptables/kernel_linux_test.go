@@ -684,6 +684,46 @@ func TestKernelHandover(t *testing.T) {
 	})
 }
 
+// Another agent changes the same parents all the time.
+func TestKernelChurn(t *testing.T) {
+	kernelTest(t, func(t *testing.T) {
+		l := newLab(t)
+		l.gates(8254)
+		l.gates(8255)
+		for _, kind := range kinds {
+			x := commandOf(ipv4, kind)
+			ctx, cancel := context.WithCancel(t.Context())
+			var agent sync.WaitGroup
+			var changes int
+			agent.Go(func() {
+				for ; ctx.Err() == nil; changes++ {
+					run(t, x+" -w -t nat -A PREROUTING -p udp -m comment --comment churn -j ACCEPT")
+					run(t, x+" -w -t nat -D PREROUTING -p udp -m comment --comment churn -j ACCEPT")
+				}
+			})
+			r := newRules(t, kind, Options{Guard: true})
+			must(t, r.EnsureGuard(t.Context()))
+			for i := range 10 {
+				must(t, r.EnsureRedirect(t.Context(), [][]netip.AddrPort{targets, nextTargets}[i%2]))
+				must(t, r.Verified())
+			}
+			cancel()
+			agent.Wait()
+			t.Logf("%s: 10 installations beside %d changes", kind, 2*changes)
+			must(t, r.EnsureRedirect(t.Context(), targets))
+			l.refused(kind, "gate:8254")
+			began := time.Now()
+			for range 10 {
+				r.verifyRedirect(t.Context())
+			}
+			t.Logf("%s: a verification takes %v", kind, time.Since(began)/10)
+			must(t, r.Verified())
+			must(t, r.Remove(t.Context()))
+			l.unprotected(kind + ", after Remove")
+		}
+	})
+}
+
 // Somebody holds the xtables lock: waited for, never fatal, and no reason to outlast a context.
 func TestKernelLockHeld(t *testing.T) {
 	kernelTest(t, func(t *testing.T) {

@@ -43,7 +43,7 @@ func TestNewRefusesBadOptions(t *testing.T) {
 func TestTargetsMustBeTheNodes(t *testing.T) {
 	for text, ok := range map[string]bool{
 		"127.0.0.1:8254": false, "[::1]:8254": false, "0.0.0.0:8254": false, "169.254.169.254:8254": false, "[fd00:ec2::254]:80": false,
-		"192.0.2.7:8254": false, "224.0.0.1:8254": false,
+		"192.0.2.7:8254": false, "[fe80::1]:8254": false, "224.0.0.1:8254": false,
 	} {
 		if _, err := checkTargets([]netip.AddrPort{netip.MustParseAddrPort(text)}); (err == nil) != ok {
 			t.Errorf("%s: %v", text, err)

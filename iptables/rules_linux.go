@@ -200,7 +200,7 @@ func (r *Rules) ensureRedirect(ctx context.Context, to []netip.AddrPort) error {
 		r.log.Info("iptables found", "family", f.name, "command", r.backends[f].command, "back_end", r.backends[f].mode)
 	}
 	clear(r.want)
-	return r.owner.locked(ctx, func() error {
+	err = r.owner.locked(ctx, func() error {
 		for _, f := range families {
 			if err := r.installRedirect(ctx, f, targets[f]); err != nil {
 				return err
@@ -216,6 +216,10 @@ func (r *Rules) ensureRedirect(ctx context.Context, to []netip.AddrPort) error {
 		}
 		return nil
 	})
+	if err != nil {
+		clear(r.want) // the instance before this one is still the owner, and puts its rules back
+	}
+	return err
 }
 
 // checkTargets sorts the targets by family.
@@ -231,7 +235,7 @@ func checkTargets(to []netip.AddrPort) (map[*family]netip.AddrPort, error) {
 		switch _, twice := targets[f]; {
 		case !t.IsValid() || t.Port() == 0 || ip.Zone() != "":
 			return nil, fmt.Errorf("target %s: not an address and port", t)
-		case ip.IsLoopback() || ip.IsUnspecified() || ip.IsMulticast() || ip == f.endpoint:
+		case ip.IsLoopback() || ip.IsUnspecified() || ip.IsMulticast() || ip.IsLinkLocalUnicast() || ip == f.endpoint:
 			return nil, fmt.Errorf("target %s: must be the node's own address (-host-ip)", t)
 		case twice:
 			return nil, fmt.Errorf("target %s: a second one of the same family", t)
