@@ -283,7 +283,7 @@ func TestFindByIP(t *testing.T) {
 				podOf("elsewhere", "cart", []string{"10.0.0.5"}, onNode("node-2")),
 				podOf("plain", "default", []string{"10.0.0.6"}),
 				podOf("garbage", "cart", []string{"no address", "", "10.0.0.7/24", "10.0.0.8"}),
-				podOf("static", "", []string{"10.0.0.10"}, annotated(corev1.MirrorPodAnnotationKey, "x", proxy.AnnotationPodRole, roleARN)),
+				podOf("static", "cart", []string{"10.0.0.10"}, annotated(corev1.MirrorPodAnnotationKey, "x", proxy.AnnotationPodRole, roleARN)),
 			)
 			h := newHarness(t, a, testPolicy())
 			h.expect(t, map[string]string{"10.0.0.1": "not synced"})
@@ -479,6 +479,58 @@ func TestForeignPod(t *testing.T) {
 		if got, here := find(h.Pods, "10.0.0.1"), node == nodeName; (got != "unknown") != here || len(h.pods) > 0 != here {
 			t.Errorf("pod of node %q: %s", node, got)
 		}
+	}
+}
+
+// What a field selector should have kept away counts for nothing.
+func TestSelectorsAreNotTrusted(t *testing.T) {
+	for name, watchList := range map[string]bool{"watch-list": true, "list and watch": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			a := newAPIServer(t)
+			a.sloppy, a.watchList = true, watchList
+			shop(a)
+			other := account("cart", proxy.AnnotationRoleARN, roleARN[:31]+"other")
+			other.Namespace = "elsewhere"
+			a.put(account("aaa"), account("zzz"), other, namespace("aaa", proxy.AnnotationAllowedRoles, "["), namespace("zzz", proxy.AnnotationAllowedRoles, "["),
+				podOf("a", "cart", []string{"10.0.0.1"}), podOf("far", "cart", []string{"10.0.0.2"}, onNode("node-2")))
+			policy := testPolicy()
+			policy.NamespacePolicy = "auto"
+			a.put(namespace("shop", proxy.AnnotationAllowedRoles, `["*"]`))
+			h := start(t, a, policy).synced(t)
+			before := h.told("shop/cart")
+			a.put(account("zzz", proxy.AnnotationRoleARN, roleARN[:31]+"zzz"), namespace("zzz"))
+			a.delete(account("aaa"), namespace("aaa"), podOf("far", "cart", nil))
+			a.put(account("cart", proxy.AnnotationRoleARN, roleARN, proxy.AnnotationExternalID, "own")) // follows in the same stream
+			h.until("the last", func() bool { return h.told("shop/cart") > before })
+			h.flush()
+			h.expect(t, map[string]string{"10.0.0.1": "a as cart", "10.0.0.2": "unknown"})
+			if n := h.told("shop/cart"); n != before+1 {
+				t.Errorf("%d changes for one", n-before)
+			}
+		})
+	}
+}
+
+// The same object again, as after a new list, changes nothing.
+func TestUnchanged(t *testing.T) {
+	h := newHarness(t, newAPIServer(t), testPolicy())
+	fill(h.Pods, 3)
+	ip := addr("10.0.1.1")
+	before, err := h.Find(ip)
+	if err != nil {
+		t.Fatal(err)
+	}
+	told := h.told("shop/sa-1")
+	name := types.NamespacedName{Namespace: "shop", Name: "sa-1"}
+	h.update(func(c *change) {
+		h.seen(c, h.accounts[name], accountFacts(account("sa-1", proxy.AnnotationRoleARN, roleARN, "other", "x")))
+	})
+	h.update(func(c *change) {
+		h.seen(c, h.namespaces[types.NamespacedName{Name: "shop"}], namespaceFacts(namespace("shop")))
+	})
+	if after, _ := h.Find(ip); after != before || h.told("shop/sa-1") != told {
+		t.Errorf("decided anew, told %d times", h.told("shop/sa-1")-told)
 	}
 }
 
@@ -1028,7 +1080,7 @@ func TestEventsAggregate(t *testing.T) {
 func TestEventSeriesAreBounded(t *testing.T) {
 	e := newEvents(nil, nodeName, nil, nil)
 	known := map[seriesKey]*series{}
-	for i := range 10 * eventSeries {
+	for i := range eventSeries + 200 {
 		e.series(known, e.event(report{pod: proxy.Pod{UID: fmt.Sprint(i)}}))
 		if len(known) > eventSeries {
 			t.Fatalf("%d series", len(known))
