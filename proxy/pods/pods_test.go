@@ -499,7 +499,8 @@ func TestSelectorsAreNotTrusted(t *testing.T) {
 			a.put(namespace("shop", proxy.AnnotationAllowedRoles, `["*"]`))
 			h := start(t, a, policy).synced(t)
 			before := h.told("shop/cart")
-			a.put(account("zzz", proxy.AnnotationRoleARN, roleARN[:31]+"zzz"), namespace("zzz"))
+			other.Annotations[proxy.AnnotationExternalID] = "other"
+			a.put(other, account("zzz", proxy.AnnotationRoleARN, roleARN[:31]+"zzz"), namespace("zzz"))
 			a.delete(account("aaa"), namespace("aaa"), podOf("far", "cart", nil))
 			a.put(account("cart", proxy.AnnotationRoleARN, roleARN, proxy.AnnotationExternalID, "own")) // follows in the same stream
 			h.until("the last", func() bool { return h.told("shop/cart") > before })
