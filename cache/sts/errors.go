@@ -99,7 +99,7 @@ func codeLabel(err error) string {
 		return codeOK
 	}
 	if api, ok := errors.AsType[smithy.APIError](err); ok && status(err) != 0 {
-		if knownCodes[api.ErrorCode()] {
+		if knownCode(api.ErrorCode()) {
 			return api.ErrorCode()
 		}
 		return codeOther

@@ -15,14 +15,17 @@ const (
 	codeOther       = "other"
 )
 
-// knownCodes are the error codes of STS that become label values: a server must not make up series.
-var knownCodes = map[string]bool{
-	"AccessDenied": true, "ExpiredToken": true, "ExpiredTokenException": true, "IDPCommunicationError": true,
-	"IDPRejectedClaim": true, "IncompleteSignature": true, "InternalFailure": true, "InvalidClientTokenId": true,
-	"InvalidIdentityToken": true, "MalformedPolicyDocument": true, "MissingAuthenticationToken": true,
-	"PackedPolicyTooLarge": true, "RegionDisabledException": true, "RequestExpired": true, "RequestLimitExceeded": true,
-	"ServiceUnavailable": true, "SignatureDoesNotMatch": true, "Throttling": true, "ThrottlingException": true,
-	"ValidationError": true,
+// knownCode tells the error codes of STS that become label values: a server must not make up series.
+func knownCode(code string) bool {
+	switch code {
+	case "AccessDenied", "ExpiredToken", "ExpiredTokenException", "IDPCommunicationError", "IDPRejectedClaim",
+		"IncompleteSignature", "InternalFailure", "InvalidClientTokenId", "InvalidIdentityToken", "MalformedPolicyDocument",
+		"MissingAuthenticationToken", "PackedPolicyTooLarge", "RegionDisabledException", "RequestExpired",
+		"RequestLimitExceeded", "ServiceUnavailable", "SignatureDoesNotMatch", "Throttling", "ThrottlingException",
+		"ValidationError":
+		return true
+	}
+	return false
 }
 
 type metrics struct {

@@ -110,7 +110,7 @@ func New(ctx context.Context, o Options) (*STS, error) {
 			return retry.NewStandard(func(o *retry.StandardOptions) {
 				o.MaxAttempts = attempts
 				o.Backoff = retry.BackoffDelayerFunc(func(int, error) (time.Duration, error) {
-					return attemptPause/2 + rand.N(attemptPause/2), nil
+					return attemptPause/2 + rand.N(attemptPause/2), nil //nolint:gosec // it spreads retries, it hides nothing
 				})
 			})
 		}),
@@ -158,11 +158,11 @@ func New(ctx context.Context, o Options) (*STS, error) {
 // sdkLogger takes the SDK's own few warnings. ClientLogMode is left off, so no request is ever among them.
 func sdkLogger(log *slog.Logger) logging.Logger {
 	return logging.LoggerFunc(func(c logging.Classification, format string, v ...any) {
-		level := slog.LevelDebug
+		write := log.Debug
 		if c == logging.Warn {
-			level = slog.LevelWarn
+			write = log.Warn
 		}
-		log.Log(context.Background(), level, "aws sdk", "text", oneLine(fmt.Sprintf(format, v...), maxText))
+		write("aws sdk", "text", oneLine(fmt.Sprintf(format, v...), maxText))
 	})
 }
 
@@ -369,7 +369,7 @@ func seconds(d time.Duration) *int32 {
 	if d <= 0 {
 		return nil
 	}
-	return aws.Int32(int32(d / time.Second))
+	return aws.Int32(int32(d.Seconds()))
 }
 
 func optional(s string) *string {

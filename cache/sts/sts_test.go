@@ -171,7 +171,7 @@ func refuse(status int, code, message string) func(int, call) answer {
 // issueError is what Issue returns, which must be an *IssueError of one short line.
 func issueError(t *testing.T, err error) *cache.IssueError {
 	t.Helper()
-	e, ok := err.(*cache.IssueError)
+	e, ok := errors.AsType[*cache.IssueError](err)
 	if !ok {
 		t.Fatalf("error is %T (%v), want *cache.IssueError", err, err)
 	}
@@ -622,7 +622,7 @@ func TestUnreachable(t *testing.T) {
 }
 
 func TestNodeWithoutCredentials(t *testing.T) {
-	s, srv := start(t, Options{}, nil)
+	_, srv := start(t, Options{}, nil)
 	os.Unsetenv("AWS_ACCESS_KEY_ID")
 	s, err := New(t.Context(), Options{})
 	if err != nil {
@@ -645,11 +645,8 @@ func TestNoSecretInLogsOrErrors(t *testing.T) {
 	logger := slog.New(slog.NewJSONHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	var shown []string
 	show := func(err error) {
-		for e := err; e != nil; e = errors.Unwrap(e) {
-			if _, ok := e.(*cache.IssueError); ok {
-				shown = append(shown, fmt.Sprintf("%v|%+v|%#v|%s", e, e, e, e))
-			}
-		}
+		e := issueError(t, err)
+		shown = append(shown, fmt.Sprintf("%v|%+v|%#v|%s", e, e, e, err))
 		logger.Error("x", "error", err)
 	}
 	echo := func(n int, c call) answer { // the rudest of servers

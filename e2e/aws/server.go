@@ -234,13 +234,13 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		answer = refusal{http.StatusRequestEntityTooLarge, "RequestEntityTooLarge", err.Error()}
 	} else {
 		req.body = body
-		answer = s.serve(req)
+		answer = s.serve(r.Context(), req)
 	}
 	switch a := answer.(type) {
 	case hangup:
 		req.call.Outcome = "hangup"
 		s.log(req.call)
-		panic(http.ErrAbortHandler)
+		panic(http.ErrAbortHandler) //nolint:forbidigo // how a handler of net/http closes the connection
 	case refusal:
 		req.call.Outcome = a.code
 		s.log(req.call)
@@ -253,29 +253,29 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // serve returns what to answer: a document, a refusal or a hangup.
-func (s *Server) serve(r *request) any {
+func (s *Server) serve(ctx context.Context, r *request) any {
 	if refused := s.route(r); refused != nil {
 		return *refused
 	}
 	if fault := s.fault(r.call.Operation, r.call.RoleARN); fault != nil {
-		if answer := fault.apply(r.http.Context()); answer != nil {
+		if answer := fault.apply(ctx); answer != nil {
 			return answer
 		}
 	}
-	operation, ok := operations[r.service+":"+r.call.Operation]
+	operation, ok := s.operation(r.service, r.call.Operation)
 	if !ok {
 		return refusal{http.StatusBadRequest, "InvalidAction",
 			fmt.Sprintf("Could not find operation %s for version %s", r.call.Operation, r.form.Get("Version"))}
 	}
 	if !operation.anonymous {
-		if refused := s.authenticate(r); refused != nil {
+		if refused := s.authenticate(ctx, r); refused != nil {
 			return *refused
 		}
 	}
 	if refused := operation.checkForm(r.form); refused != nil {
 		return *refused
 	}
-	answer, refused := operation.do(s, r)
+	answer, refused := operation.do(ctx, r)
 	if refused != nil {
 		return *refused
 	}

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"html"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -336,9 +337,7 @@ func (l *lab) send(t *testing.T, q signed) (status int, code, message string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for k, v := range q.header {
-		r.Header[k] = v
-	}
+	maps.Copy(r.Header, q.header)
 	if q.method == http.MethodPost {
 		r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
 	}
@@ -718,7 +717,7 @@ func TestRemovedFaultReleasesCalls(t *testing.T) {
 			if want := any(http.StatusForbidden); name == "delay" && answer != want {
 				t.Errorf("delay: %v, want the answer to an unsigned call", answer)
 			}
-			if name == "hang" && answer != http.ErrAbortHandler {
+			if name == "hang" && answer != any(http.ErrAbortHandler) {
 				t.Errorf("hang: %v, want no answer", answer)
 			}
 			if waited := time.Since(begin); waited != 0 {

@@ -1,12 +1,13 @@
 package aws
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"time"
 )
 
-func (s *Server) listBuckets(r *request) (any, *refusal) {
+func (s *Server) listBuckets(_ context.Context, r *request) (any, *refusal) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.allowed(r.caller, ActionListBuckets, "*") {
@@ -20,7 +21,7 @@ func (s *Server) listBuckets(r *request) (any, *refusal) {
 	return answer, nil
 }
 
-func (s *Server) listGroups(r *request) (any, *refusal) {
+func (s *Server) listGroups(_ context.Context, r *request) (any, *refusal) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	resource := fmt.Sprintf("arn:aws:iam::%s:group/", r.caller.account)

@@ -1,6 +1,7 @@
 package aws
 
 import (
+	"context"
 	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/hex"
@@ -91,21 +92,21 @@ func parseAuthorization(h string) (a authorization, err error) {
 	}
 	credential := strings.Split(values["Credential"], "/")
 	if len(credential) != 5 || credential[4] != "aws4_request" {
-		return a, fmt.Errorf("Credential %q is not ID/date/region/service/aws4_request", values["Credential"])
+		return a, fmt.Errorf("the Credential %q is not ID/date/region/service/aws4_request", values["Credential"])
 	}
 	a.accessKeyID, a.date, a.region, a.service = credential[0], credential[1], credential[2], credential[3]
 	a.signedHeaders = strings.Split(values["SignedHeaders"], ";")
 	if !slices.IsSorted(a.signedHeaders) || !slices.Contains(a.signedHeaders, "host") {
-		return a, fmt.Errorf("SignedHeaders %q are not sorted or lack host", values["SignedHeaders"])
+		return a, fmt.Errorf("the SignedHeaders %q are not sorted or lack host", values["SignedHeaders"])
 	}
 	if a.signature, err = hex.DecodeString(values["Signature"]); err != nil || len(a.signature) != sha256.Size {
-		return a, fmt.Errorf("Signature is not that of %s", algorithm)
+		return a, fmt.Errorf("the Signature is not that of %s", algorithm)
 	}
 	return a, nil
 }
 
 // authenticate finds out who signed the request.
-func (s *Server) authenticate(r *request) *refusal {
+func (s *Server) authenticate(ctx context.Context, r *request) *refusal {
 	refuse := func(p problem, format string, args ...any) *refusal {
 		return authRefusal(r.service, p, fmt.Sprintf(format, args...))
 	}
@@ -160,7 +161,7 @@ func (s *Server) authenticate(r *request) *refusal {
 			auth.date, signed.Format("20060102"))
 	}
 
-	want, err := s.sign(r, auth, caller, signed)
+	want, err := s.sign(ctx, r, auth, caller, signed)
 	if err != nil {
 		return refuse(malformed, "%v", err)
 	}
@@ -177,7 +178,7 @@ func (s *Server) authenticate(r *request) *refusal {
 
 // sign computes the signature that the request should have: the SDK's signer signs a request made of nothing but the headers
 // that the client signed. Headers that this signer never signs cannot be verified and fail.
-func (s *Server) sign(r *request, auth authorization, caller *session, at time.Time) ([]byte, error) {
+func (s *Server) sign(ctx context.Context, r *request, auth authorization, caller *session, at time.Time) ([]byte, error) {
 	sum := sha256.Sum256(r.body)
 	payload := hex.EncodeToString(sum[:])
 	if declared := r.http.Header.Get("X-Amz-Content-Sha256"); r.service == "s3" {
@@ -214,7 +215,7 @@ func (s *Server) sign(r *request, auth authorization, caller *session, at time.T
 			again.Header[http.CanonicalHeaderKey(name)] = r.http.Header.Values(name)
 		}
 	}
-	if err := s.signer.SignHTTP(r.http.Context(), caller.credentials.SDK(), again, payload, r.service, auth.region, at,
+	if err := s.signer.SignHTTP(ctx, caller.credentials.SDK(), again, payload, r.service, auth.region, at,
 		func(o *v4.SignerOptions) { o.DisableURIPathEscaping = r.service == "s3" }); err != nil {
 		return nil, err
 	}
@@ -224,7 +225,7 @@ func (s *Server) sign(r *request, auth authorization, caller *session, at time.T
 	}
 	// The signer adds what must be signed: a client that left out the date or the session token fails here.
 	if !slices.Equal(signed.signedHeaders, auth.signedHeaders) {
-		return nil, fmt.Errorf("SignedHeaders are %q, but must be %q", strings.Join(auth.signedHeaders, ";"), strings.Join(signed.signedHeaders, ";"))
+		return nil, fmt.Errorf("the SignedHeaders are %q, but must be %q", strings.Join(auth.signedHeaders, ";"), strings.Join(signed.signedHeaders, ";"))
 	}
 	return signed.signature, nil
 }

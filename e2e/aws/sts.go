@@ -1,6 +1,7 @@
 package aws
 
 import (
+	"context"
 	"fmt"
 	"net/url"
 	"regexp"
@@ -22,22 +23,25 @@ const chainedLimit = time.Hour // of sessions of roles assumed with a role's ses
 type operation struct {
 	anonymous bool     // carries no signature
 	fields    []string // that it understands; "Tags.member." is a prefix
-	do        func(*Server, *request) (any, *refusal)
+	do        func(context.Context, *request) (any, *refusal)
 }
 
-var operations = map[string]operation{
-	"sts:AssumeRole": {
-		fields: []string{"RoleArn", "RoleSessionName", "DurationSeconds", "ExternalId", "Tags.member."},
-		do:     (*Server).assumeRole,
-	},
-	"sts:AssumeRoleWithWebIdentity": {
-		anonymous: true,
-		fields:    []string{"RoleArn", "RoleSessionName", "DurationSeconds", "WebIdentityToken"},
-		do:        (*Server).assumeRoleWithWebIdentity,
-	},
-	"sts:GetCallerIdentity": {do: (*Server).getCallerIdentity},
-	"iam:ListGroups":        {fields: []string{"PathPrefix", "Marker", "MaxItems"}, do: (*Server).listGroups},
-	"s3:ListBuckets":        {do: (*Server).listBuckets},
+func (s *Server) operation(service, name string) (operation, bool) {
+	switch service + ":" + name {
+	case "sts:AssumeRole":
+		return operation{do: s.assumeRole, fields: []string{"RoleArn", "RoleSessionName", "DurationSeconds", "ExternalId", "Tags.member."}}, true
+	case "sts:AssumeRoleWithWebIdentity":
+		return operation{
+			do: s.assumeRoleWithWebIdentity, fields: []string{"RoleArn", "RoleSessionName", "DurationSeconds", "WebIdentityToken"}, anonymous: true,
+		}, true
+	case "sts:GetCallerIdentity":
+		return operation{do: s.getCallerIdentity}, true
+	case "iam:ListGroups":
+		return operation{do: s.listGroups}, true
+	case "s3:ListBuckets":
+		return operation{do: s.listBuckets}, true
+	}
+	return operation{}, false
 }
 
 func validationError(format string, args ...any) *refusal {
@@ -185,7 +189,7 @@ func tags(form url.Values) (map[string]string, *refusal) {
 	return tags, nil
 }
 
-func (s *Server) assumeRole(r *request) (any, *refusal) {
+func (s *Server) assumeRole(_ context.Context, r *request) (any, *refusal) {
 	q, refused := r.session()
 	if refused != nil {
 		return nil, refused
@@ -244,7 +248,7 @@ func packedSize(tags map[string]string) int {
 	return n * 100 / 4096
 }
 
-func (s *Server) getCallerIdentity(r *request) (any, *refusal) {
+func (s *Server) getCallerIdentity(_ context.Context, r *request) (any, *refusal) {
 	id := "AIDA" + strings.TrimPrefix(roleID(r.caller.arn), "AROA")
 	if r.caller.role != "" {
 		id = roleID(r.caller.role) + ":" + r.caller.name

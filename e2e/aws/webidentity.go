@@ -44,7 +44,7 @@ func invalidToken(format string, args ...any) *refusal {
 	return &refusal{400, "InvalidIdentityToken", fmt.Sprintf(format, args...)}
 }
 
-func (s *Server) assumeRoleWithWebIdentity(r *request) (any, *refusal) {
+func (s *Server) assumeRoleWithWebIdentity(ctx context.Context, r *request) (any, *refusal) {
 	q, refused := r.session()
 	if refused != nil {
 		return nil, refused
@@ -55,7 +55,7 @@ func (s *Server) assumeRoleWithWebIdentity(r *request) (any, *refusal) {
 		return nil, refused
 	}
 	account, _ := parseARN(q.roleARN) // session looked at it
-	claims, provider, refused := s.verify(r.http.Context(), token, account.AccountID)
+	claims, provider, refused := s.verify(ctx, token, account.AccountID)
 	if refused != nil {
 		return nil, refused
 	}

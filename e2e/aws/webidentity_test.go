@@ -198,7 +198,7 @@ func TestWebIdentity(t *testing.T) {
 	_, err := client.AssumeRoleWithWebIdentity(t.Context(), in)
 	expect(t, err, invalid, "verification key")
 	jwksErr = nil
-	keys, otherKeys = otherKeys, keys // the API server's keys are changed
+	keys = otherKeys // the API server's keys are changed
 	_, err = client.AssumeRoleWithWebIdentity(t.Context(), in)
 	expect(t, err, invalid, "signature")
 }

@@ -148,5 +148,5 @@ func write(w http.ResponseWriter, r *request, status int, document any) {
 		h.Set("X-Amzn-Requestid", r.call.RequestID)
 	}
 	w.WriteHeader(status)
-	w.Write(append([]byte(xml.Header), body...))
+	_, _ = w.Write(append([]byte(xml.Header), body...)) // the client may be gone
 }
