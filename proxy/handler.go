@@ -322,7 +322,6 @@ func (s *Server) write(w http.ResponseWriter, r *http.Request, rt *route, a answ
 	code, reason := http.StatusOK, ""
 	if a.err != nil {
 		code, reason, a.text = status(a.err)
-		a.body = nil
 	}
 	h := w.Header()
 	h["Server"] = s.values.server

@@ -340,6 +340,26 @@ func TestDrain(t *testing.T) {
 	}
 }
 
+func TestServeSeveralListeners(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	ctx, stop := context.WithCancel(t.Context())
+	lns := []net.Listener{listen(t), listen(t), listen(t)}
+	served := make(chan error)
+	go func() { served <- l.Serve(ctx, lns...) }()
+	for _, ln := range lns {
+		c := dial(t, ln.Addr().String(), podIPs["role"])
+		fmt.Fprint(c, "GET / HTTP/1.1\r\n\r\n")
+		if r, err := readReply(newReader(c), "GET"); err != nil || r.body != "latest" {
+			t.Errorf("%v %v", r, err)
+		}
+	}
+	stop()
+	if err := <-served; err != nil {
+		t.Error(err)
+	}
+}
+
 // Serve says so when a listener fails.
 func TestServeFails(t *testing.T) {
 	l := newLab(t)
