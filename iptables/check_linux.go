@@ -36,9 +36,9 @@ type Finding struct {
 // Check looks at what is on the node, whoever put it there, and changes nothing.
 func (r *Rules) Check(ctx context.Context) []Finding {
 	var all []Finding
-	for _, f := range families {
+	for _, f := range families() {
 		report := func(s Severity, subject, fix, format string, a ...any) {
-			all = append(all, Finding{s, subject, f.name, fmt.Sprintf(format, a...), fix})
+			all = append(all, Finding{s, subject, f.String(), fmt.Sprintf(format, a...), fix})
 		}
 		r.checkGuard(f, report)
 		r.checkRedirect(ctx, f, report)
@@ -48,7 +48,7 @@ func (r *Rules) Check(ctx context.Context) []Finding {
 
 type report func(s Severity, subject, fix, format string, a ...any)
 
-func (r *Rules) checkGuard(f *family, report report) {
+func (r *Rules) checkGuard(f family, report report) {
 	have, err := listRules(f)
 	switch {
 	case errors.Is(err, errNoFamily):
@@ -79,9 +79,9 @@ func (r *Rules) checkGuard(f *family, report report) {
 }
 
 // checkRule reports a foreign rule that is asked before the guard.
-func checkRule(f *family, rule ipRule, report report) {
+func checkRule(f family, rule ipRule, report report) {
 	fix := "give it a later priority, or the guard an earlier one (-guard-priority)"
-	if rule.ours(f) || rule.dst.IsValid() && !rule.dst.Contains(f.endpoint) && !rule.invert || rule.iif == "lo" && !rule.invert {
+	if rule.ours(f) || rule.dst.IsValid() && !rule.dst.Contains(f.endpoint()) && !rule.invert || rule.iif == "lo" && !rule.invert {
 		return
 	}
 	switch rule.action {
@@ -121,10 +121,10 @@ func checkStrict(have []ipRule, report report) {
 }
 
 // tableCovers reports whether a routing table has a route that takes the endpoint's packets.
-func tableCovers(f *family, table uint32) (bool, error) {
+func tableCovers(f family, table uint32) (bool, error) {
 	var routes []netlink.Route
 	err := whole(func() (err error) {
-		routes, err = netlink.RouteListFiltered(f.af, &netlink.Route{Table: int(table)}, netlink.RT_FILTER_TABLE)
+		routes, err = netlink.RouteListFiltered(int(f.af()), &netlink.Route{Table: int(table)}, netlink.RT_FILTER_TABLE)
 		return err
 	})
 	if err != nil {
@@ -134,14 +134,14 @@ func tableCovers(f *family, table uint32) (bool, error) {
 		if route.Type == unix.RTN_UNREACHABLE || route.Type == unix.RTN_BLACKHOLE || route.Type == unix.RTN_PROHIBIT || route.Type == unix.RTN_THROW {
 			continue
 		}
-		if route.Dst == nil || route.Dst.Contains(f.endpoint.AsSlice()) {
+		if route.Dst == nil || route.Dst.Contains(f.endpoint().AsSlice()) {
 			return true, nil
 		}
 	}
 	return false, nil
 }
 
-func (r *Rules) checkRedirect(ctx context.Context, f *family, report report) {
+func (r *Rules) checkRedirect(ctx context.Context, f family, report report) {
 	if b, err := probe(ctx, f, commandOf(f, r.kind)); err != nil {
 		report(Error, "iptables", "", "%v", err)
 	} else {
@@ -160,7 +160,7 @@ func (r *Rules) checkRedirect(ctx context.Context, f *family, report report) {
 					"a foreign rule (%s) takes the endpoint: %q", b.mode, line)
 			}
 		}
-		nat, err := b.list(ctx, ourTables[1])
+		nat, err := b.list(ctx, ourTables()[1])
 		if err != nil {
 			report(Error, "iptables", "", "%v", err)
 			continue
@@ -191,7 +191,7 @@ func (r *Rules) checkTarget(ctx context.Context, b *backend, to netip.AddrPort, 
 		report(Error, "redirect", "set -host-ip to an address of the node", "%v", err)
 	}
 	d := redirect{iface: r.iface, to: to}
-	if lock, err := b.list(ctx, ourTables[0]); err == nil { // the previous instance's port may still be locked
+	if lock, err := b.list(ctx, ourTables()[0]); err == nil { // the previous instance's port may still be locked
 		for _, p := range lockedPorts(lock) {
 			if p != to {
 				d.previous = p
@@ -212,13 +212,13 @@ func (r *Rules) checkTarget(ctx context.Context, b *backend, to netip.AddrPort, 
 }
 
 // foreignNAT reports whether a rule of the nat table, not one of ours, rewrites the endpoint's packets.
-func foreignNAT(f *family, line string) bool {
+func foreignNAT(f family, line string) bool {
 	if strings.HasPrefix(line, "-A "+chainName+" ") {
 		return false
 	}
 	names, rewrites := false, false
 	for _, option := range canonical(line) {
-		names = names || option == "-d "+f.endpoint.String()
+		names = names || option == "-d "+f.endpoint().String()
 		rewrites = rewrites || option == "-j DNAT" || option == "-j REDIRECT"
 	}
 	return names && rewrites

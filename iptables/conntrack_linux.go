@@ -29,19 +29,19 @@ func (e escaped) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
 }
 
 // cutEscaped deletes the conntrack entries of escaped connections: the next packet of each is redirected, and reset.
-func cutEscaped(f *family, ours ...netip.AddrPort) (uint, error) {
+func cutEscaped(f family, ours ...netip.AddrPort) (uint, error) {
 	node, err := nodeAddrs()
 	if err != nil {
 		return 0, err
 	}
 	var n uint
 	err = whole(func() error {
-		deleted, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(f.af), escaped{f.endpoint, ours, node})
+		deleted, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(f.af()), escaped{f.endpoint(), ours, node})
 		n += deleted
 		return err
 	})
 	if err != nil {
-		return n, fmt.Errorf("delete %s conntrack entries: %w", f.name, err)
+		return n, fmt.Errorf("delete %s conntrack entries: %w", f.String(), err)
 	}
 	return n, nil
 }

@@ -6,25 +6,44 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// family is all that differs between IPv4 and IPv6.
-type family struct {
-	name     string // label of metrics and logs
-	af       int
-	endpoint netip.Addr // of the instance metadata service
-	command  string
-	legacy   string // the legacy back end's tables in this network namespace, one a line
-}
+// family is an address family, and all that differs between the two.
+type family int
 
-var (
-	ipv4 = &family{"ipv4", unix.AF_INET, netip.AddrFrom4([4]byte{169, 254, 169, 254}), "iptables", "/proc/net/ip_tables_names"}
-	ipv6 = &family{"ipv6", unix.AF_INET6, netip.AddrFrom16([16]byte{0: 0xfd, 2: 0x0e, 3: 0xc2, 14: 0x02, 15: 0x54}), "ip6tables", "/proc/net/ip6_tables_names"}
-
-	families = []*family{ipv4, ipv6}
+const (
+	ipv4 family = iota
+	ipv6
 )
 
-func familyOf(a netip.Addr) *family {
+func families() []family { return []family{ipv4, ipv6} }
+
+func familyOf(a netip.Addr) family {
 	if a.Is4() {
 		return ipv4
 	}
 	return ipv6
+}
+
+// pick returns the family's one of two values.
+func pick[T any](f family, four, six T) T {
+	if f == ipv4 {
+		return four
+	}
+	return six
+}
+
+// String is the label of metrics and logs.
+func (f family) String() string { return pick(f, "ipv4", "ipv6") }
+
+func (f family) af() uint8 { return pick[uint8](f, unix.AF_INET, unix.AF_INET6) }
+
+// endpoint is the address of the instance metadata service.
+func (f family) endpoint() netip.Addr {
+	return pick(f, netip.AddrFrom4([4]byte{169, 254, 169, 254}), netip.AddrFrom16([16]byte{0: 0xfd, 2: 0x0e, 3: 0xc2, 14: 0x02, 15: 0x54}))
+}
+
+func (f family) command() string { return pick(f, "iptables", "ip6tables") }
+
+// legacyTables is the file that names the legacy back end's tables in this network namespace.
+func (f family) legacyTables() string {
+	return pick(f, "/proc/net/ip_tables_names", "/proc/net/ip6_tables_names")
 }

@@ -33,8 +33,8 @@ type ipRule struct {
 
 // guardRules are the three rules in the order of their installation: goto finds its target, and what the node sends is let
 // through before everybody else is refused.
-func guardRules(f *family, priority uint32) []ipRule {
-	endpoint := netip.PrefixFrom(f.endpoint, f.endpoint.BitLen())
+func guardRules(f family, priority uint32) []ipRule {
+	endpoint := netip.PrefixFrom(f.endpoint(), f.endpoint().BitLen())
 	return []ipRule{
 		{priority: priority + 1, action: nl.FR_ACT_NOP, protocol: RuleProtocol},
 		{priority: priority, action: nl.FR_ACT_GOTO, dst: endpoint, iif: "lo", target: priority + 1, protocol: RuleProtocol},
@@ -57,7 +57,7 @@ func (r ipRule) like(o ipRule) bool {
 }
 
 // ours reports whether the guard made the rule, at this or another priority: a full match but for the priority.
-func (r ipRule) ours(f *family) bool {
+func (r ipRule) ours(f family) bool {
 	p := r.priority
 	if r.action == nl.FR_ACT_NOP {
 		p--
@@ -117,7 +117,7 @@ func (o ruleOp) String() string {
 // planGuard returns the next steps towards a whole guard, given the kernel's rules in its order; none when it is whole. A new rule
 // goes behind those of the same priority. At every step the node reaches the endpoint if it did before, and from unreachable on
 // nobody else.
-func planGuard(f *family, priority uint32, have []ipRule) []ruleOp {
+func planGuard(f family, priority uint32, have []ipRule) []ruleOp {
 	want := guardRules(f, priority)
 	nop, jump, refuse := want[0], want[1], want[2]
 	var ops []ruleOp
@@ -151,7 +151,7 @@ func planGuard(f *family, priority uint32, have []ipRule) []ruleOp {
 }
 
 // planRemoval returns the steps that take away what the guard made, at any priority but those in keep.
-func planRemoval(f *family, have []ipRule, keep ...ipRule) []ruleOp {
+func planRemoval(f family, have []ipRule, keep ...ipRule) []ruleOp {
 	var ops []ruleOp
 	for _, action := range []uint8{nl.FR_ACT_PROHIBIT, nl.FR_ACT_UNREACHABLE, nl.FR_ACT_GOTO, nl.FR_ACT_NOP} {
 		for _, r := range have {
@@ -164,7 +164,7 @@ func planRemoval(f *family, have []ipRule, keep ...ipRule) []ruleOp {
 }
 
 // guardDefect says what the guard lacks; nil when it is whole.
-func guardDefect(f *family, priority uint32, have []ipRule) error {
+func guardDefect(f family, priority uint32, have []ipRule) error {
 	ops := planGuard(f, priority, have)
 	if len(ops) == 0 {
 		return nil
@@ -176,11 +176,11 @@ func guardDefect(f *family, priority uint32, have []ipRule) error {
 var errNoFamily = errors.New("the kernel has no policy routing for this address family")
 
 // listRules dumps the kernel's rules in the order of their evaluation.
-func listRules(f *family) ([]ipRule, error) {
+func listRules(f family) ([]ipRule, error) {
 	var rules []ipRule
 	err := whole(func() error {
 		req := nl.NewNetlinkRequest(unix.RTM_GETRULE, unix.NLM_F_DUMP)
-		req.AddData(nl.NewIfInfomsg(f.af))
+		req.AddData(nl.NewIfInfomsg(int(f.af())))
 		msgs, err := req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWRULE)
 		if err != nil {
 			return err
@@ -191,7 +191,7 @@ func listRules(f *family) ([]ipRule, error) {
 			if err != nil {
 				return err
 			}
-			if int(m[0]) == f.af { // a kernel without rules for the family may answer for all others
+			if m[0] == f.af() { // a kernel without rules for the family may answer for all others
 				rules = append(rules, r)
 			}
 		}
@@ -201,13 +201,13 @@ func listRules(f *family) ([]ipRule, error) {
 		return nil, errNoFamily
 	}
 	if err != nil {
-		return nil, fmt.Errorf("list %s routing rules: %w", f.name, err)
+		return nil, fmt.Errorf("list %s routing rules: %w", f.String(), err)
 	}
 	return rules, nil
 }
 
 // apply does one step. A rule that is there already, or gone already, is a success.
-func (o ruleOp) apply(f *family) error {
+func (o ruleOp) apply(f family) error {
 	kind, flags := unix.RTM_NEWRULE, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK
 	if o.del {
 		kind, flags = unix.RTM_DELRULE, unix.NLM_F_ACK
@@ -221,21 +221,21 @@ func (o ruleOp) apply(f *family) error {
 	case err == nil, o.del && errors.Is(err, unix.ENOENT), !o.del && errors.Is(err, unix.EEXIST):
 		return nil
 	case errors.Is(err, unix.EPERM):
-		return fmt.Errorf("ip rule %s (%s): %w: give the container the capability NET_ADMIN", o, f.name, err)
+		return fmt.Errorf("ip rule %s (%s): %w: give the container the capability NET_ADMIN", o, f.String(), err)
 	}
-	return fmt.Errorf("ip rule %s (%s): %w", o, f.name, err)
+	return fmt.Errorf("ip rule %s (%s): %w", o, f.String(), err)
 }
 
 // encodeRule starts with struct fib_rule_hdr, which has the layout of struct rtmsg.
-func encodeRule(f *family, r ipRule) []nl.NetlinkRequestData {
+func encodeRule(f family, r ipRule) []nl.NetlinkRequestData {
 	u32 := func(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }
-	h := &nl.RtMsg{RtMsg: unix.RtMsg{Family: uint8(f.af), Type: r.action}}
+	h := &nl.RtMsg{RtMsg: unix.RtMsg{Family: f.af(), Type: r.action}}
 	data := []nl.NetlinkRequestData{h,
 		nl.NewRtAttr(nl.FRA_PRIORITY, u32(r.priority)),
 		nl.NewRtAttr(nl.FRA_PROTOCOL, []byte{r.protocol}),
 	}
 	if r.dst.IsValid() {
-		h.Dst_len = uint8(r.dst.Bits())
+		h.Dst_len = uint8(r.dst.Bits()) //nolint:gosec // at most 128
 		data = append(data, nl.NewRtAttr(nl.FRA_DST, r.dst.Addr().AsSlice()))
 	}
 	if r.iif != "" {
@@ -301,7 +301,7 @@ func decodeRule(msg []byte) (ipRule, error) {
 }
 
 // applyGuard runs the steps; before each it asks ctx, after each it calls the tests' hook.
-func (r *Rules) applyGuard(ctx context.Context, f *family, ops []ruleOp) error {
+func (r *Rules) applyGuard(ctx context.Context, f family, ops []ruleOp) error {
 	for _, op := range ops {
 		if err := ctx.Err(); err != nil {
 			return err

@@ -34,11 +34,11 @@ func (l ruleList) apply(op ruleOp) (ruleList, error) {
 }
 
 // refuses reports what becomes of a packet to the endpoint that came in by iif.
-func (l ruleList) refuses(f *family, iif string) bool {
+func (l ruleList) refuses(f family, iif string) bool {
 	for i := 0; i < len(l); {
 		r := l[i]
 		i++
-		if r.dst.IsValid() && !r.dst.Contains(f.endpoint) || r.iif != "" && r.iif != iif {
+		if r.dst.IsValid() && !r.dst.Contains(f.endpoint()) || r.iif != "" && r.iif != iif {
 			continue
 		}
 		switch r.action {
@@ -54,7 +54,7 @@ func (l ruleList) refuses(f *family, iif string) bool {
 }
 
 // rounds returns the steps of as many plans as it takes.
-func rounds(t *testing.T, f *family, priority uint32, l ruleList) (all []ruleOp) {
+func rounds(t *testing.T, f family, priority uint32, l ruleList) (all []ruleOp) {
 	t.Helper()
 	for range 3 {
 		for _, op := range planGuard(f, priority, l) {
@@ -71,7 +71,7 @@ func rounds(t *testing.T, f *family, priority uint32, l ruleList) (all []ruleOp)
 // From any state, that of a repair that was broken off too, in any order, with other agents' rules between: the plan makes the guard whole; the node never
 // loses the endpoint by it, and once pods are refused they stay so.
 func TestPlanGuardHoldsAtEveryStep(t *testing.T) {
-	for _, f := range families {
+	for _, f := range families() {
 		for _, priority := range []uint32{0, 1, 100} {
 			want := guardRules(f, priority)
 			foreign := want[0]
@@ -155,7 +155,7 @@ func TestPlanGuardSteps(t *testing.T) {
 }
 
 func TestOnlyFullMatchesAreOurs(t *testing.T) {
-	for _, f := range families {
+	for _, f := range families() {
 		for _, r := range slices.Concat(guardRules(f, 0), guardRules(f, 77)) {
 			if !r.ours(f) {
 				t.Errorf("not ours: %s", r)
@@ -178,7 +178,7 @@ func TestOnlyFullMatchesAreOurs(t *testing.T) {
 }
 
 func TestRulesAreReadBackAsWritten(t *testing.T) {
-	for _, f := range families {
+	for _, f := range families() {
 		for _, want := range guardRules(f, 12) {
 			var msg []byte
 			for _, d := range encodeRule(f, want) {

@@ -78,7 +78,7 @@ func protect(t testing.TB, r *Rules, to ...netip.AddrPort) {
 // canaries are rules of other agents, in every place where ours are.
 func canaries(t testing.TB, kind string) {
 	t.Helper()
-	for f, addr := range map[*family]string{ipv4: "169.254.169.254", ipv6: "fd00:ec2::254"} {
+	for f, addr := range map[family]string{ipv4: "169.254.169.254", ipv6: "fd00:ec2::254"} {
 		x := commandOf(f, kind)
 		for _, c := range []string{
 			"-t nat -N CANARY", "-t nat -A PREROUTING -d " + addr + " -p tcp --dport 80 -m comment --comment canary -j CANARY", "-t nat -A CANARY -j RETURN",
@@ -122,9 +122,9 @@ func TestKernelGuardSteps(t *testing.T) {
 		}
 		var steps []string
 		r := newRules(t, "nft", Options{Guard: true})
-		r.step = func(f *family, op ruleOp) {
+		r.step = func(f family, op ruleOp) {
 			steps = append(steps, op.String())
-			when := fmt.Sprintf("%s, after %q", f.name, op)
+			when := fmt.Sprintf("%s, after %q", f.String(), op)
 			l.nodeReaches(when, f)
 			have, err := listRules(f)
 			must(t, err)
@@ -139,8 +139,8 @@ func TestKernelGuardSteps(t *testing.T) {
 		if d := cmp.Diff(append(four, six...), steps); d != "" {
 			t.Errorf("installed in other steps (-want +got):\n%s", d)
 		}
-		for six, f := range map[string]*family{"": ipv4, "-6 ": ipv6} {
-			want := strings.NewReplacer("ENDPOINT", f.endpoint.String()).Replace("0:\tfrom all to ENDPOINT iif lo goto 1 proto 169\n" +
+		for six, f := range map[string]family{"": ipv4, "-6 ": ipv6} {
+			want := strings.NewReplacer("ENDPOINT", f.endpoint().String()).Replace("0:\tfrom all to ENDPOINT iif lo goto 1 proto 169\n" +
 				"0:\tfrom all to ENDPOINT unreachable proto 169\n1:\tfrom all nop proto 169\n")
 			if got := run(t, "ip "+six+"rule"); !strings.Contains(got, want) {
 				t.Errorf("ip %srule:\n%swant in it:\n%s", six, got, want)
@@ -148,10 +148,10 @@ func TestKernelGuardSteps(t *testing.T) {
 		}
 
 		// A repair of each rule. Without goto, or without its target, the node is cut off until then: closed, not open.
-		for _, f := range families {
+		for _, f := range families() {
 			for _, missing := range guardRules(f, 0) {
 				must(t, ruleOp{del: true, rule: missing}.apply(f))
-				r.step = func(f *family, op ruleOp) {
+				r.step = func(f family, op ruleOp) {
 					when := fmt.Sprintf("repair of %s, after %q", missing, op)
 					l.refused(when, "", f)
 					if missing.action != nl.FR_ACT_GOTO {
@@ -168,9 +168,9 @@ func TestKernelGuardSteps(t *testing.T) {
 		l.refused("repaired", "")
 
 		steps = nil
-		r.step = func(f *family, op ruleOp) {
+		r.step = func(f family, op ruleOp) {
 			steps = append(steps, op.String())
-			l.nodeReaches(fmt.Sprintf("%s, after %q", f.name, op), f)
+			l.nodeReaches(fmt.Sprintf("%s, after %q", f.String(), op), f)
 		}
 		must(t, r.Remove(t.Context()))
 		undone := []string{
@@ -197,12 +197,12 @@ func TestKernelRefusalIsTold(t *testing.T) {
 			limit time.Duration
 			do    func() error
 		}{
-			{"TCP", 100 * time.Millisecond, func() error { _, err := l.ptp.dial(netip.AddrPortFrom(ipv4.endpoint, 80)); return err }},
+			{"TCP", 100 * time.Millisecond, func() error { _, err := l.ptp.dial(netip.AddrPortFrom(ipv4.endpoint(), 80)); return err }},
 			{"UDP", 100 * time.Millisecond, func() error { return l.ptp.udp(ipv4, long) }},
 			{"ICMP", 100 * time.Millisecond, func() error { return l.ptp.ping(ipv4, long) }},
 			{"UDP over IPv6", 100 * time.Millisecond, func() error { return l.bridge.udp(ipv6, long) }},
 			{"ICMP over IPv6", 100 * time.Millisecond, func() error { return l.bridge.ping(ipv6, long) }},
-			{"TCP over IPv6", 1500 * time.Millisecond, func() error { _, err := l.bridge.dial(netip.AddrPortFrom(ipv6.endpoint, 80)); return err }},
+			{"TCP over IPv6", 1500 * time.Millisecond, func() error { _, err := l.bridge.dial(netip.AddrPortFrom(ipv6.endpoint(), 80)); return err }},
 		} {
 			began := time.Now()
 			err := probe.do()
@@ -251,9 +251,9 @@ func TestKernelForeignRoutingRules(t *testing.T) {
 					if !strings.Contains(text, "strict mode") {
 						t.Errorf("%s: Check does not tell of strict mode: %s", when, text)
 					}
-					for _, f := range families {
+					for _, f := range families() {
 						for _, pod := range l.pods {
-							if got, err := pod.dialFor(netip.AddrPortFrom(f.endpoint, 80), short); err == nil {
+							if got, err := pod.dialFor(netip.AddrPortFrom(f.endpoint(), 80), short); err == nil {
 								t.Errorf("%s: %s got %q", when, pod.name, got)
 							}
 						}
@@ -307,15 +307,15 @@ func TestKernelRedirect(t *testing.T) {
 			before := rules(t)
 			r := newRules(t, kind, Options{Guard: true, StateDir: t.TempDir()})
 			var podConns, nodeConns []net.Conn
-			for _, f := range families {
+			for _, f := range families() {
 				for _, pod := range l.pods {
-					c, got, err := pod.open(netip.AddrPortFrom(f.endpoint, 80))
+					c, got, err := pod.open(netip.AddrPortFrom(f.endpoint(), 80))
 					if err != nil || got != "real" {
 						t.Fatalf("before: %q, %v", got, err)
 					}
 					podConns = append(podConns, c)
 				}
-				c, _, err := l.node.open(netip.AddrPortFrom(f.endpoint, 80))
+				c, _, err := l.node.open(netip.AddrPortFrom(f.endpoint(), 80))
 				must(t, err)
 				nodeConns = append(nodeConns, c)
 			}
@@ -344,11 +344,11 @@ func TestKernelRedirect(t *testing.T) {
 				}
 			}
 			// Once more: nothing to do, and a held connection stays.
-			c, got, err := l.ptp.open(netip.AddrPortFrom(ipv4.endpoint, 80))
+			c, got, err := l.ptp.open(netip.AddrPortFrom(ipv4.endpoint(), 80))
 			if err != nil || got != "gate:8254" {
 				t.Fatalf("%s: got %q, %v", kind, got, err)
 			}
-			for _, f := range families {
+			for _, f := range families() {
 				changed, err := applyRedirect(t.Context(), r.backends[f], r.want[f])
 				if changed || err != nil {
 					t.Errorf("%s: a second time: changed %v, %v", kind, changed, err)
@@ -364,12 +364,12 @@ func TestKernelRedirect(t *testing.T) {
 			}
 
 			// The redirect without the guard, then what a crashed run left at another priority.
-			for _, f := range families {
+			for _, f := range families() {
 				have, err := listRules(f)
 				must(t, err)
 				must(t, r.applyGuard(t.Context(), f, planRemoval(f, have)))
 				for _, pod := range l.pods {
-					if got, err := pod.dial(netip.AddrPortFrom(f.endpoint, 80)); got != "gate:8254" {
+					if got, err := pod.dial(netip.AddrPortFrom(f.endpoint(), 80)); got != "gate:8254" {
 						t.Errorf("%s: the redirect alone: %q, %v", kind, got, err)
 					}
 				}
@@ -389,9 +389,9 @@ func TestKernelRedirect(t *testing.T) {
 func installed(t testing.TB, kind string) string {
 	t.Helper()
 	var b strings.Builder
-	for _, f := range families {
-		for _, w := range ourTables {
-			for _, line := range strings.Split(run(t, commandOf(f, kind)+"-save -t "+w.name), "\n") {
+	for _, f := range families() {
+		for _, w := range ourTables() {
+			for line := range strings.SplitSeq(run(t, commandOf(f, kind)+"-save -t "+w.name), "\n") {
 				if strings.Contains(line, chainName) {
 					fmt.Fprintln(&b, volatile.ReplaceAllString(line, ""))
 				}
@@ -422,30 +422,30 @@ func TestKernelOptions(t *testing.T) {
 		l := newLab(t)
 		l.gates(8254)
 		for _, kind := range kinds {
-			for _, f := range families {
-				c, _, err := l.ptp.open(netip.AddrPortFrom(f.endpoint, 80))
+			for _, f := range families() {
+				c, _, err := l.ptp.open(netip.AddrPortFrom(f.endpoint(), 80))
 				must(t, err)
 				r := newRules(t, kind, Options{})
 				protect(t, r, targets...)
 				l.arrived()
 				if got, err := again(c); !errors.Is(err, unix.ECONNRESET) {
-					t.Errorf("%s, %s: a connection from before: got %q, %v, want a reset", kind, f.name, got, err)
+					t.Errorf("%s, %s: a connection from before: got %q, %v, want a reset", kind, f.String(), got, err)
 				}
 				if n := l.arrived(); n > 0 {
-					t.Errorf("%s, %s: %d packets arrived at the real endpoint", kind, f.name, n)
+					t.Errorf("%s, %s: %d packets arrived at the real endpoint", kind, f.String(), n)
 				}
 				must(t, r.Remove(t.Context()))
 			}
 			for pattern, served := range map[string]*host{"cni+": l.bridge, "!cni0": l.ptp} {
 				r := newRules(t, kind, Options{Guard: true, Interface: pattern})
 				protect(t, r, targets...)
-				for _, f := range families {
+				for _, f := range families() {
 					for _, pod := range l.pods {
 						limit, want := short, ""
 						if pod == served {
 							limit, want = long, "gate:8254"
 						}
-						if got, err := pod.dialFor(netip.AddrPortFrom(f.endpoint, 80), limit); got != want {
+						if got, err := pod.dialFor(netip.AddrPortFrom(f.endpoint(), 80), limit); got != want {
 							t.Errorf("%s, -interface %s: %s got %q, %v, want %q", kind, pattern, pod.name, got, err, want)
 						}
 					}
@@ -487,9 +487,9 @@ func testRepair(t *testing.T, kind string) {
 		flush = []string{"nft flush ruleset"}
 	}
 	served := func() bool {
-		for _, f := range families {
+		for _, f := range families() {
 			for _, pod := range l.pods {
-				switch got, err := pod.dialFor(netip.AddrPortFrom(f.endpoint, 80), short); {
+				switch got, err := pod.dialFor(netip.AddrPortFrom(f.endpoint(), 80), short); {
 				case got == "real":
 					t.Fatalf("%s: a pod reached the real endpoint", kind)
 				case err != nil:
@@ -528,10 +528,10 @@ func testRepair(t *testing.T, kind string) {
 	})
 
 	// ip rule flush takes everything but priority 0 along.
-	for six, f := range map[string]*family{"": ipv4, "-6 ": ipv6} {
+	for six, f := range map[string]family{"": ipv4, "-6 ": ipv6} {
 		run(t, "ip "+six+"rule flush")
 		run(t, "ip "+six+"rule add pref 32766 lookup main")
-		eventually(t, 5*time.Second, f.name+": the guard is whole again", func() bool {
+		eventually(t, 5*time.Second, f.String()+": the guard is whole again", func() bool {
 			have, err := listRules(f)
 			must(t, err)
 			return guardDefect(f, 100, have) == nil
@@ -601,26 +601,26 @@ func TestKernelHandover(t *testing.T) {
 			protect(t, old, targets...)
 			old.every = time.Hour // it must notice by an event
 			start(t, old)
-			held, _, err := l.ptp.open(netip.AddrPortFrom(ipv4.endpoint, 80))
+			held, _, err := l.ptp.open(netip.AddrPortFrom(ipv4.endpoint(), 80))
 			must(t, err)
 
 			ctx, cancel := context.WithCancel(t.Context())
 			var workers sync.WaitGroup
 			var count [2]atomic.Int64
 			var moved atomic.Bool
-			for _, f := range families {
+			for _, f := range families() {
 				for _, pod := range l.pods {
 					workers.Go(func() {
 						for ctx.Err() == nil {
 							after := moved.Load()
-							got, err := pod.dial(netip.AddrPortFrom(f.endpoint, 80))
+							got, err := pod.dial(netip.AddrPortFrom(f.endpoint(), 80))
 							switch {
 							case got == "gate:8254" && !after:
 								count[0].Add(1)
 							case got == "gate:8255":
 								count[1].Add(1)
 							default:
-								t.Errorf("%s, %s: got %q, %v (after the change: %v)", kind, f.name, got, err, after)
+								t.Errorf("%s, %s: got %q, %v (after the change: %v)", kind, f.String(), got, err, after)
 								return
 							}
 						}
@@ -661,7 +661,7 @@ func TestKernelHandover(t *testing.T) {
 				t.Errorf("%s: the old instance repaired: %s", kind, text)
 			}
 			fresh.verifyRedirect(t.Context())
-			if got, err := l.ptp.dial(netip.AddrPortFrom(ipv4.endpoint, 80)); got != "gate:8255" {
+			if got, err := l.ptp.dial(netip.AddrPortFrom(ipv4.endpoint(), 80)); got != "gate:8255" {
 				t.Errorf("%s: repaired by the new instance: %q, %v", kind, got, err)
 			}
 			if i == 0 {
@@ -760,11 +760,11 @@ func TestKernelLockHeld(t *testing.T) {
 		stop := start(t, r)
 		r.wake.raise()
 		run(t, "ip rule flush")
-		for _, f := range families {
+		for _, f := range families() {
 			must(t, ruleOp{del: true, rule: guardRules(f, 0)[2]}.apply(f))
 		}
 		eventually(t, 5*time.Second, "the guard is repaired while the lock is held", func() bool {
-			for _, f := range families {
+			for _, f := range families() {
 				have, err := listRules(f)
 				must(t, err)
 				if guardDefect(f, 0, have) != nil {

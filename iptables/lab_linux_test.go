@@ -166,11 +166,11 @@ func newLab(t testing.TB) *lab {
 		p.route(t, "::/0", fmt.Sprintf("fd00:b:%d::1", i+1), "eth0")
 	}
 	l.sniff()
-	for _, f := range families {
+	for _, f := range families() {
 		for _, port := range []uint16{80, 8080} {
-			l.fabric.serve(t, netip.AddrPortFrom(f.endpoint, port), "real")
+			l.fabric.serve(t, netip.AddrPortFrom(f.endpoint(), port), "real")
 		}
-		l.fabric.echo(t, netip.AddrPortFrom(f.endpoint, 5353))
+		l.fabric.echo(t, netip.AddrPortFrom(f.endpoint(), 5353))
 	}
 	return l
 }
@@ -365,7 +365,7 @@ func (l *lab) sniff() {
 			}
 			if i := bytes.Index(p, []byte("marker:")); i >= 0 {
 				l.markers <- string(p[i:])
-			} else if dst == ipv4.endpoint || dst == ipv6.endpoint {
+			} else if dst == ipv4.endpoint() || dst == ipv6.endpoint() {
 				l.mu.Lock()
 				l.seen[src]++
 				l.mu.Unlock()
@@ -481,11 +481,11 @@ func (h *host) datagram(network, to string, limit time.Duration, packet []byte, 
 	})
 }
 
-func (h *host) udp(f *family, limit time.Duration) error {
-	return h.datagram("udp", netip.AddrPortFrom(f.endpoint, 5353).String(), limit, []byte("hello"), func(b []byte) bool { return string(b) == "hello" })
+func (h *host) udp(f family, limit time.Duration) error {
+	return h.datagram("udp", netip.AddrPortFrom(f.endpoint(), 5353).String(), limit, []byte("hello"), func(b []byte) bool { return string(b) == "hello" })
 }
 
-func (h *host) ping(f *family, limit time.Duration) error {
+func (h *host) ping(f family, limit time.Duration) error {
 	network, request, reply := "ip4:icmp", byte(8), byte(0)
 	if f == ipv6 {
 		network, request, reply = "ip6:ipv6-icmp", 128, 129
@@ -493,7 +493,7 @@ func (h *host) ping(f *family, limit time.Duration) error {
 	p := []byte{request, 0, 0, 0, 'i', 'm', 0, 1}
 	sum := ^(uint32(request)<<8 + 'i'<<8 + 'm' + 1) // IPv6: by the kernel
 	p[2], p[3] = byte(sum>>8), byte(sum)
-	return h.datagram(network, f.endpoint.String(), limit, p, func(b []byte) bool {
+	return h.datagram(network, f.endpoint().String(), limit, p, func(b []byte) bool {
 		if f == ipv4 {
 			b = b[20:] // the kernel hands out the IPv4 header too
 		}
@@ -504,7 +504,7 @@ func (h *host) ping(f *family, limit time.Duration) error {
 // refused asserts that no packet of any pod, of any protocol, reaches the endpoint. TCP port 80 is not refused but answered by
 // redirected, if that names an answer. How soon a refusal is told is TestKernelRefusalIsTold's business: Linux sends a source
 // five of them and then one a second.
-func (l *lab) refused(when, redirected string, fs ...*family) {
+func (l *lab) refused(when, redirected string, fs ...family) {
 	l.t.Helper()
 	l.arrived()
 	var probes sync.WaitGroup
@@ -512,19 +512,19 @@ func (l *lab) refused(when, redirected string, fs ...*family) {
 		for _, pod := range l.pods {
 			fail := func(format string, a ...any) {
 				l.t.Helper()
-				l.t.Errorf("%s: %s, %s: %s", when, f.name, pod.name, fmt.Sprintf(format, a...))
+				l.t.Errorf("%s: %s, %s: %s", when, f.String(), pod.name, fmt.Sprintf(format, a...))
 			}
 			probes.Go(func() {
 				limit := long
 				if redirected == "" {
 					limit = short
 				}
-				if got, err := pod.dialFor(netip.AddrPortFrom(f.endpoint, 80), limit); got != redirected {
+				if got, err := pod.dialFor(netip.AddrPortFrom(f.endpoint(), 80), limit); got != redirected {
 					fail("TCP port 80: got %q, %v, want %q", got, err, redirected)
 				}
 			})
 			probes.Go(func() {
-				if got, err := pod.dialFor(netip.AddrPortFrom(f.endpoint, 8080), short); err == nil {
+				if got, err := pod.dialFor(netip.AddrPortFrom(f.endpoint(), 8080), short); err == nil {
 					fail("TCP port 8080: got %q", got)
 				}
 			})
@@ -549,27 +549,27 @@ func (l *lab) refused(when, redirected string, fs ...*family) {
 // How long a probe waits for what must come, and for what must not: the counter at the endpoint is what decides.
 const long, short = 3 * time.Second, 200 * time.Millisecond
 
-func orAll(fs []*family) []*family {
+func orAll(fs []family) []family {
 	if len(fs) == 0 {
-		return families
+		return families()
 	}
 	return fs
 }
 
 // nodeReaches asserts that the node itself reaches the real endpoint.
-func (l *lab) nodeReaches(when string, fs ...*family) {
+func (l *lab) nodeReaches(when string, fs ...family) {
 	l.t.Helper()
 	for _, f := range orAll(fs) {
 		for _, port := range []uint16{80, 8080} {
-			if got, err := l.node.dial(netip.AddrPortFrom(f.endpoint, port)); got != "real" {
-				l.t.Errorf("%s: %s: the node at TCP port %d: got %q, %v", when, f.name, port, got, err)
+			if got, err := l.node.dial(netip.AddrPortFrom(f.endpoint(), port)); got != "real" {
+				l.t.Errorf("%s: %s: the node at TCP port %d: got %q, %v", when, f.String(), port, got, err)
 			}
 		}
 		if err := l.node.udp(f, long); err != nil {
-			l.t.Errorf("%s: %s: the node by UDP: %v", when, f.name, err)
+			l.t.Errorf("%s: %s: the node by UDP: %v", when, f.String(), err)
 		}
 		if err := l.node.ping(f, long); err != nil {
-			l.t.Errorf("%s: %s: the node by ICMP: %v", when, f.name, err)
+			l.t.Errorf("%s: %s: the node by ICMP: %v", when, f.String(), err)
 		}
 	}
 }
@@ -577,15 +577,15 @@ func (l *lab) nodeReaches(when string, fs ...*family) {
 // unprotected asserts that pods do reach the endpoint: without it a lab without a way there would pass every test.
 func (l *lab) unprotected(when string) {
 	l.t.Helper()
-	for _, f := range families {
+	for _, f := range families() {
 		for _, pod := range l.pods {
 			for _, port := range []uint16{80, 8080} {
-				if got, err := pod.dial(netip.AddrPortFrom(f.endpoint, port)); got != "real" {
-					l.t.Fatalf("%s: %s, %s: TCP port %d: got %q, %v: the lab is broken", when, f.name, pod.name, port, got, err)
+				if got, err := pod.dial(netip.AddrPortFrom(f.endpoint(), port)); got != "real" {
+					l.t.Fatalf("%s: %s, %s: TCP port %d: got %q, %v: the lab is broken", when, f.String(), pod.name, port, got, err)
 				}
 			}
 			if err := errors.Join(pod.udp(f, long), pod.ping(f, long)); err != nil {
-				l.t.Fatalf("%s: %s, %s: %v: the lab is broken", when, f.name, pod.name, err)
+				l.t.Fatalf("%s: %s, %s: %v: the lab is broken", when, f.String(), pod.name, err)
 			}
 		}
 	}
@@ -613,7 +613,7 @@ func rules(t testing.TB) map[string]string {
 	all := map[string]string{}
 	commands := []string{"ip rule", "ip -6 rule"}
 	for _, kind := range kinds {
-		for _, f := range families {
+		for _, f := range families() {
 			for _, table := range []string{"nat", "filter", "mangle"} { // legacy lists all of them for the machine's root alone
 				commands = append(commands, commandOf(f, kind)+"-save -t "+table)
 			}

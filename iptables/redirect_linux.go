@@ -34,15 +34,15 @@ type redirect struct {
 // tables returns filter before nat, the order of installation: the port is locked before anything leads to it.
 func (d redirect) tables() []table {
 	f := familyOf(d.to.Addr())
-	endpoint := netip.PrefixFrom(f.endpoint, f.endpoint.BitLen())
+	endpoint := netip.PrefixFrom(f.endpoint(), f.endpoint().BitLen())
 	lock := table{name: "filter", parent: "INPUT"}
 	for _, to := range []netip.AddrPort{d.to, d.previous} {
 		if !to.IsValid() {
 			continue
 		}
-		port := fmt.Sprintf("-A %s -d %s -p tcp -m tcp --dport %d ", chainName, netip.PrefixFrom(to.Addr(), f.endpoint.BitLen()), to.Port())
+		port := fmt.Sprintf("-A %s -d %s -p tcp -m tcp --dport %d ", chainName, netip.PrefixFrom(to.Addr(), f.endpoint().BitLen()), to.Port())
 		lock.rules = append(lock.rules,
-			port+"-m conntrack --ctorigdst "+f.endpoint.String()+" -j ACCEPT",
+			port+"-m conntrack --ctorigdst "+f.endpoint().String()+" -j ACCEPT",
 			port+"-j REJECT --reject-with tcp-reset")
 	}
 	iface := ""
@@ -57,7 +57,9 @@ func (d redirect) tables() []table {
 }
 
 // ourTables are the tables without their content, for looking and removing.
-var ourTables = []table{{name: "filter", parent: "INPUT"}, {name: "nat", parent: "PREROUTING"}}
+func ourTables() []table {
+	return []table{{name: "filter", parent: "INPUT"}, {name: "nat", parent: "PREROUTING"}}
+}
 
 // target finds where a listed nat chain leads.
 func (l listing) target() netip.AddrPort {
@@ -167,7 +169,7 @@ func sameRule(a, b string) bool { return slices.Equal(canonical(a), canonical(b)
 func canonical(rule string) []string {
 	var options []string
 	not := ""
-	for _, word := range strings.Fields(rule) {
+	for word := range strings.FieldsSeq(rule) {
 		word = strings.Trim(word, `"`)
 		switch {
 		case word == "!":

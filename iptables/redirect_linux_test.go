@@ -108,7 +108,7 @@ func TestDefects(t *testing.T) {
 	} {
 		have := complete(nat)
 		tc.change(&have)
-		err := nat.defect(have, ipv4.endpoint)
+		err := nat.defect(have, ipv4.endpoint())
 		switch {
 		case tc.want == "" && err != nil:
 			t.Errorf("%s: %v", tc.name, err)
@@ -124,12 +124,12 @@ func TestDefects(t *testing.T) {
 func TestRestoreGolden(t *testing.T) {
 	var b strings.Builder
 	section := func(name string) { b.WriteString("## " + name + "\n") }
-	for _, f := range families {
+	for _, f := range families() {
 		d := redirect{to: gate4}
 		if f == ipv6 {
 			d = redirect{iface: "eni+", to: gate6}
 		}
-		section(f.name + ": virgin node")
+		section(f.String() + ": virgin node")
 		for _, w := range d.tables() {
 			b.WriteString(w.restore(listing{}))
 		}
@@ -145,7 +145,7 @@ func TestRestoreGolden(t *testing.T) {
 		"-A PREROUTING -j KUBE-SERVICES", nat.jump(), `-A PREROUTING -i eth7 -m comment --comment "x y" -g IMDSGATE`,
 	}}))
 	section("removal")
-	for _, w := range ourTables {
+	for _, w := range ourTables() {
 		b.WriteString(w.remove(listing{exists: true, parent: []string{"-A " + w.parent + " -j CANARY", w.jump()}}))
 		if lines := w.remove(listing{parent: []string{"-A " + w.parent + " -j IMDSGATE2", "-A " + w.parent + " -m comment --comment IMDSGATE -j X"}}); lines != "" {
 			t.Errorf("nothing of ours, yet: %s", lines)
@@ -186,7 +186,7 @@ func FuzzCanonical(f *testing.F) {
 		}
 		l := listing{parent: []string{rule}, chain: []string{rule}, exists: true}
 		nat := redirect{to: gate4}.tables()[1]
-		_, _, _ = nat.defect(l, ipv4.endpoint), nat.restore(l), l.target()
+		_, _, _ = nat.defect(l, ipv4.endpoint()), nat.restore(l), l.target()
 		_, _ = foreignNAT(ipv4, rule), lockedPorts(l)
 	})
 }
@@ -207,7 +207,7 @@ func TestForeignNAT(t *testing.T) {
 }
 
 func TestEscapedConnections(t *testing.T) {
-	e := escaped{ipv4.endpoint, []netip.AddrPort{gate4, {}}, []netip.Addr{node4}}
+	e := escaped{ipv4.endpoint(), []netip.AddrPort{gate4, {}}, []netip.Addr{node4}}
 	ip := func(s string) net.IP { return net.ParseIP(s).To4() }
 	for _, tc := range []struct {
 		src, dst, answers string

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -45,9 +46,9 @@ type Rules struct {
 
 	// The turn to work on the redirect, which may take as long as somebody holds the xtables lock. Its holder has what follows.
 	turn      chan struct{}
-	want      map[*family]redirect
-	backends  map[*family]*backend
-	reordered map[*family]time.Time // when the jump was last put first again
+	want      map[family]redirect
+	backends  map[family]*backend
+	reordered map[family]time.Time // when the jump was last put first again
 
 	mu       sync.Mutex
 	verdicts map[subject]error // of the last verification
@@ -60,13 +61,13 @@ type Rules struct {
 	// step at the guard.
 	kind  string
 	every time.Duration
-	step  func(*family, ruleOp)
+	step  func(family, ruleOp)
 }
 
 // subject is what a verdict is about.
 type subject struct {
 	what   string // guard or redirect: label of metrics
-	family *family
+	family family
 }
 
 // New checks the options. It does nothing else and needs no privilege.
@@ -76,7 +77,7 @@ func New(o Options) (*Rules, error) {
 	}
 	if name := strings.TrimPrefix(o.Interface, "!"); o.Interface != "" &&
 		(name == "" || name == "+" || len(name) >= unix.IFNAMSIZ || strings.ContainsAny(name, "!/ \t\n\r\"'\\")) {
-		return nil, fmt.Errorf("interface %q: must be a name such as eth0, a prefix such as eni+, or one of them after !", o.Interface)
+		return nil, fmt.Errorf("interface %q: must be a name (eth0) or a prefix (eni+), with or without ! before it", o.Interface)
 	}
 	r := &Rules{
 		guard:      o.Guard,
@@ -87,9 +88,9 @@ func New(o Options) (*Rules, error) {
 		guardWake:  make(signal, 1),
 		wake:       make(signal, 1),
 		turn:       make(chan struct{}, 1),
-		want:       map[*family]redirect{},
-		backends:   map[*family]*backend{},
-		reordered:  map[*family]time.Time{},
+		want:       map[family]redirect{},
+		backends:   map[family]*backend{},
+		reordered:  map[family]time.Time{},
 		verdicts:   map[subject]error{},
 		every:      30 * time.Second,
 	}
@@ -130,7 +131,7 @@ func (r *Rules) EnsureGuard(ctx context.Context) error {
 		return nil
 	}
 	var errs []error
-	for _, f := range families {
+	for _, f := range families() {
 		_, err := r.ensureGuard(ctx, f)
 		errs = append(errs, err)
 	}
@@ -141,18 +142,18 @@ func (r *Rules) EnsureGuard(ctx context.Context) error {
 }
 
 // ensureGuard returns what it did.
-func (r *Rules) ensureGuard(ctx context.Context, f *family) ([]ruleOp, error) {
+func (r *Rules) ensureGuard(ctx context.Context, f family) ([]ruleOp, error) {
 	done, err := r.completeGuard(ctx, f)
 	if errors.Is(err, errNoFamily) && f == ipv6 {
 		return nil, nil
 	}
 	if r.verdict(subject{"guard", f}, err) && err != nil {
-		r.log.Error("guard is not whole", "family", f.name, "error", err)
+		r.log.Error("guard is not whole", "family", f.String(), "error", err)
 	}
 	return done, err
 }
 
-func (r *Rules) completeGuard(ctx context.Context, f *family) (done []ruleOp, err error) {
+func (r *Rules) completeGuard(ctx context.Context, f family) (done []ruleOp, err error) {
 	for range 5 { // more than two only if somebody works against it
 		have, err := listRules(f)
 		if err != nil {
@@ -197,11 +198,11 @@ func (r *Rules) ensureRedirect(ctx context.Context, to []netip.AddrPort) error {
 		if r.backends[f], err = probe(ctx, f, commandOf(f, r.kind)); err != nil {
 			return err
 		}
-		r.log.Info("iptables found", "family", f.name, "command", r.backends[f].command, "back_end", r.backends[f].mode)
+		r.log.Info("iptables found", "family", f.String(), "command", r.backends[f].command, "back_end", r.backends[f].mode)
 	}
 	clear(r.want)
 	err = r.owner.locked(ctx, func() error {
-		for _, f := range families {
+		for _, f := range families() {
 			if err := r.installRedirect(ctx, f, targets[f]); err != nil {
 				return err
 			}
@@ -209,7 +210,7 @@ func (r *Rules) ensureRedirect(ctx context.Context, to []netip.AddrPort) error {
 		if err := r.owner.take(); err != nil {
 			return err
 		}
-		for _, f := range families { // by now the instance before this one does not repair it
+		for _, f := range families() { // by now the instance before this one does not repair it
 			if err := r.removeStaleGuard(ctx, f); err != nil {
 				return err
 			}
@@ -223,19 +224,19 @@ func (r *Rules) ensureRedirect(ctx context.Context, to []netip.AddrPort) error {
 }
 
 // checkTargets sorts the targets by family.
-func checkTargets(to []netip.AddrPort) (map[*family]netip.AddrPort, error) {
+func checkTargets(to []netip.AddrPort) (map[family]netip.AddrPort, error) {
 	node, err := nodeAddrs()
 	if err != nil {
 		return nil, err
 	}
-	targets := map[*family]netip.AddrPort{}
+	targets := map[family]netip.AddrPort{}
 	for _, t := range to {
 		ip := t.Addr().Unmap()
 		f := familyOf(ip)
 		switch _, twice := targets[f]; {
 		case !t.IsValid() || t.Port() == 0 || ip.Zone() != "":
 			return nil, fmt.Errorf("target %s: not an address and port", t)
-		case ip.IsLoopback() || ip.IsUnspecified() || ip.IsMulticast() || ip.IsLinkLocalUnicast() || ip == f.endpoint:
+		case ip.IsLoopback() || ip.IsUnspecified() || ip.IsMulticast() || ip.IsLinkLocalUnicast() || ip == f.endpoint():
 			return nil, fmt.Errorf("target %s: must be the node's own address (-host-ip)", t)
 		case twice:
 			return nil, fmt.Errorf("target %s: a second one of the same family", t)
@@ -253,34 +254,32 @@ func checkTargets(to []netip.AddrPort) (map[*family]netip.AddrPort, error) {
 
 // onNode refuses a target that is no address of the node: the requests, and the credentials, would go to whoever has it.
 func onNode(ip netip.Addr, node []netip.Addr) error {
-	for _, a := range node {
-		if a == ip {
-			return nil
-		}
+	if slices.Contains(node, ip) {
+		return nil
 	}
 	return fmt.Errorf("no interface of the node has the address %s (-host-ip)", ip)
 }
 
 // installRedirect brings one family to its wanted state.
-func (r *Rules) installRedirect(ctx context.Context, f *family, to netip.AddrPort) error {
+func (r *Rules) installRedirect(ctx context.Context, f family, to netip.AddrPort) error {
 	if !to.IsValid() {
 		r.forget(subject{"redirect", f})
 		if !r.guard {
 			return nil // a redirect to nobody is all that keeps pods out
 		}
 		if err := removeRedirect(ctx, f); err != nil {
-			r.log.Warn("an earlier redirect is still there", "family", f.name, "error", err)
+			r.log.Warn("an earlier redirect is still there", "family", f.String(), "error", err)
 		}
 		return ctx.Err()
 	}
 	b := r.backends[f]
-	have, err := b.list(ctx, ourTables[1])
+	have, err := b.list(ctx, ourTables()[1])
 	if err != nil {
 		return err
 	}
 	for _, rule := range have.parent {
 		if foreignNAT(f, rule) {
-			r.log.Warn("a foreign rule wants the endpoint too; ours goes first", "family", f.name, "rule", rule)
+			r.log.Warn("a foreign rule wants the endpoint too; ours goes first", "family", f.String(), "rule", rule)
 		}
 	}
 	d := redirect{iface: r.iface, to: to}
@@ -294,7 +293,7 @@ func (r *Rules) installRedirect(ctx context.Context, f *family, to netip.AddrPor
 	}
 	r.want[f] = d
 	if changed {
-		r.log.Info("redirect installed", "family", f.name, "to", to, "previous", d.previous)
+		r.log.Info("redirect installed", "family", f.String(), "to", to, "previous", d.previous)
 		r.cut(f, d)
 	}
 	return nil
@@ -325,7 +324,7 @@ func inspect(ctx context.Context, b *backend, d redirect) (defects []error, scri
 		if err != nil {
 			return nil, "", err
 		}
-		if err := t.defect(have, b.family.endpoint); err != nil {
+		if err := t.defect(have, b.family.endpoint()); err != nil {
 			defects = append(defects, err)
 			script += t.restore(have)
 		}
@@ -344,17 +343,17 @@ func onlyOrder(defects []error) bool {
 }
 
 // cut ends the connections that were open before the rules. The guard holds back what it misses.
-func (r *Rules) cut(f *family, d redirect) {
+func (r *Rules) cut(f family, d redirect) {
 	n, err := cutEscaped(f, d.to, d.previous)
 	if err != nil {
-		r.log.Warn("connections opened before the redirect may last until they time out", "family", f.name, "error", err)
+		r.log.Warn("connections opened before the redirect may last until they time out", "family", f.String(), "error", err)
 	} else if n > 0 {
-		r.log.Info("cut connections that were open before the redirect", "family", f.name, "connections", n)
+		r.log.Info("cut connections that were open before the redirect", "family", f.String(), "connections", n)
 	}
 }
 
 // removeStaleGuard takes away what an earlier run left at another priority.
-func (r *Rules) removeStaleGuard(ctx context.Context, f *family) error {
+func (r *Rules) removeStaleGuard(ctx context.Context, f family) error {
 	if !r.guard {
 		return nil // fail closed: -cleanup removes it
 	}
@@ -390,13 +389,14 @@ func (r *Rules) Run(ctx context.Context) error {
 		})
 	}
 	watch("routing rules, links and addresses", func() error {
-		return subscribe(ctx, unix.NETLINK_ROUTE, routeGroups, func(syscall.NetlinkMessage) {
+		groups := []uint{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV6_RULE}
+		return subscribe(ctx, unix.NETLINK_ROUTE, groups, func(syscall.NetlinkMessage) {
 			r.guardWake.raise()
 			r.wake.raise()
 		})
 	})
 	watch("nftables", func() error {
-		return subscribe(ctx, unix.NETLINK_NETFILTER, nftGroups, func(m syscall.NetlinkMessage) {
+		return subscribe(ctx, unix.NETLINK_NETFILTER, []uint{unix.NFNLGRP_NFTABLES}, func(m syscall.NetlinkMessage) {
 			if aboutUs(m) {
 				r.wake.raise()
 			}
@@ -424,14 +424,14 @@ func (r *Rules) verifyGuard(ctx context.Context) {
 	} else if err != nil {
 		r.log.Warn("cannot tell who owns the rules", "error", err) // two that make the same guard do no harm
 	}
-	for _, f := range families {
+	for _, f := range families() {
 		ops, err := r.ensureGuard(ctx, f)
 		switch {
 		case ctx.Err() != nil:
 			return
 		case err == nil && len(ops) > 0:
 			r.repairs.WithLabelValues("guard").Inc()
-			r.log.Warn("guard repaired", "family", f.name, "steps", fmt.Sprint(ops))
+			r.log.Warn("guard repaired", "family", f.String(), "steps", fmt.Sprint(ops))
 		}
 	}
 }
@@ -441,7 +441,7 @@ func (r *Rules) verifyRedirect(ctx context.Context) {
 		return
 	}
 	defer r.endTurn()
-	for _, f := range families {
+	for _, f := range families() {
 		d, ok := r.want[f]
 		if !ok {
 			continue
@@ -451,7 +451,7 @@ func (r *Rules) verifyRedirect(ctx context.Context) {
 			return
 		}
 		if r.verdict(subject{"redirect", f}, err) && err != nil {
-			r.log.Error("redirect is not whole", "family", f.name, "error", err)
+			r.log.Error("redirect is not whole", "family", f.String(), "error", err)
 		}
 		if err != nil {
 			time.AfterFunc(time.Second, r.wake.raise) // again, and before the next interval
@@ -501,7 +501,7 @@ func (r *Rules) verifyFamily(ctx context.Context, b *backend, d redirect) error 
 		return fmt.Errorf("%w: repair: %w", found, err)
 	}
 	r.repairs.WithLabelValues("redirect").Inc()
-	r.log.Warn("redirect repaired", "family", b.family.name, "found", found)
+	r.log.Warn("redirect repaired", "family", b.family.String(), "found", found)
 	return nil
 }
 
@@ -530,10 +530,10 @@ func (r *Rules) Verified() error {
 		return errors.New("the guard has not been verified yet")
 	}
 	errs := []error{r.failure}
-	for _, f := range families {
+	for _, f := range families() {
 		for _, what := range []string{"guard", "redirect"} {
 			if err := r.verdicts[subject{what, f}]; err != nil {
-				errs = append(errs, fmt.Errorf("%s %s: %w", f.name, what, err))
+				errs = append(errs, fmt.Errorf("%s %s: %w", f.String(), what, err))
 			}
 		}
 	}
@@ -550,7 +550,7 @@ func (r *Rules) verdict(s subject, err error) bool {
 	if err == nil {
 		v = 1
 	}
-	r.gauge(s).WithLabelValues(s.family.name).Set(v)
+	r.gauge(s).WithLabelValues(s.family.String()).Set(v)
 	return fmt.Sprint(before) != fmt.Sprint(err)
 }
 
@@ -558,7 +558,7 @@ func (r *Rules) forget(s subject) {
 	r.mu.Lock()
 	delete(r.verdicts, s)
 	r.mu.Unlock()
-	r.gauge(s).DeleteLabelValues(s.family.name)
+	r.gauge(s).DeleteLabelValues(s.family.String())
 }
 
 func (r *Rules) gauge(s subject) *prometheus.GaugeVec {
@@ -594,11 +594,11 @@ func (r *Rules) Remove(ctx context.Context) error {
 // remove goes on after an error: what can go, goes. The redirect goes first: the guard refuses pods until the end.
 func (r *Rules) remove(ctx context.Context) error {
 	var errs []error
-	for _, f := range families {
+	for _, f := range families() {
 		errs = append(errs, removeRedirect(ctx, f))
 		r.forget(subject{"redirect", f})
 	}
-	for _, f := range families {
+	for _, f := range families() {
 		have, err := listRules(f)
 		if errors.Is(err, errNoFamily) {
 			continue
@@ -613,13 +613,13 @@ func (r *Rules) remove(ctx context.Context) error {
 }
 
 // removeRedirect takes our chains out of both back ends of a family.
-func removeRedirect(ctx context.Context, f *family) error {
+func removeRedirect(ctx context.Context, f family) error {
 	if _, err := listRules(f); errors.Is(err, errNoFamily) {
 		return nil
 	}
 	var errs []error
 	for _, b := range backends(ctx, f) {
-		for _, t := range ourTables {
+		for _, t := range ourTables() {
 			have, err := b.list(ctx, t)
 			if err == nil {
 				err = b.restore(ctx, t.remove(have))

@@ -16,22 +16,22 @@ import (
 
 // backend is the iptables command of one family: the one that PATH offers, or explicitly nft's or legacy's.
 type backend struct {
-	family  *family
+	family  family
 	command string // iptables, iptables-nft, ip6tables-legacy, …
 	mode    string // nf_tables or legacy
 	ipt     *goiptables.IPTables
 }
 
 // commandOf names the command of a back end: "", "nft" or "legacy".
-func commandOf(f *family, kind string) string {
+func commandOf(f family, kind string) string {
 	if kind == "" {
-		return f.command
+		return f.command()
 	}
-	return f.command + "-" + kind
+	return f.command() + "-" + kind
 }
 
 // probe finds the command. It touches no table.
-func probe(ctx context.Context, f *family, command string) (*backend, error) {
+func probe(ctx context.Context, f family, command string) (*backend, error) {
 	proto := goiptables.ProtocolIPv4
 	if f == ipv6 {
 		proto = goiptables.ProtocolIPv6
@@ -92,7 +92,7 @@ func (b *backend) rules(ctx context.Context, table, chain string) ([]string, err
 
 // dump lists every rule of a table.
 func (b *backend) dump(ctx context.Context, table string) ([]string, error) {
-	out, err := exec.CommandContext(ctx, b.command+"-save", "-t", table).Output()
+	out, err := exec.CommandContext(ctx, b.command+"-save", "-t", table).Output() //nolint:gosec // one of our own names
 	if err != nil {
 		return nil, b.hint("save", err)
 	}
@@ -109,7 +109,7 @@ func (b *backend) restore(ctx context.Context, lines string) error {
 	if lines == "" {
 		return nil
 	}
-	cmd := exec.CommandContext(ctx, b.command+"-restore", "--noflush", "--wait")
+	cmd := exec.CommandContext(ctx, b.command+"-restore", "--noflush", "--wait") //nolint:gosec // one of our own names
 	cmd.Stdin = strings.NewReader(lines)
 	cmd.WaitDelay = time.Second
 	out, err := cmd.CombinedOutput()
@@ -138,7 +138,7 @@ func (b *backend) hint(op string, err error) error {
 
 // backends returns every back end that may hold rules of ours: for a removal, and to see foreign ones. The legacy tables are
 // looked at only where they exist, because looking would create them.
-func backends(ctx context.Context, f *family) []*backend {
+func backends(ctx context.Context, f family) []*backend {
 	var found []*backend
 	seen := map[string]bool{}
 	for _, kind := range []string{"nft", "legacy", ""} {
@@ -147,7 +147,7 @@ func backends(ctx context.Context, f *family) []*backend {
 			continue
 		}
 		seen[b.mode] = true
-		if names, err := os.ReadFile(f.legacy); b.mode == "legacy" && (errors.Is(err, os.ErrNotExist) || err == nil && len(names) == 0) {
+		if names, err := os.ReadFile(f.legacyTables()); b.mode == "legacy" && (errors.Is(err, os.ErrNotExist) || err == nil && len(names) == 0) {
 			continue
 		}
 		found = append(found, b)

@@ -67,12 +67,6 @@ func subscribe(ctx context.Context, protocol int, groups []uint, event func(sysc
 	}
 }
 
-// routeGroups are the events of routing rules, links and addresses.
-var routeGroups = []uint{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV6_RULE}
-
-// nftGroups are the changes of the nft back end's rules.
-var nftGroups = []uint{unix.NFNLGRP_NFTABLES}
-
 // aboutUs reports whether an nftables event may concern our chains or their parents. kube-proxy changes other chains of the
 // same tables all the time.
 func aboutUs(m syscall.NetlinkMessage) bool {
@@ -128,7 +122,7 @@ func watchDir(ctx context.Context, dir string, event func()) error {
 	if _, err := unix.InotifyAddWatch(fd, dir, unix.IN_MOVED_TO|unix.IN_ONLYDIR); err != nil {
 		return fmt.Errorf("watch %s: %w", dir, err)
 	}
-	stop := context.AfterFunc(ctx, func() { f.Close() })
+	stop := context.AfterFunc(ctx, func() { _ = f.Close() })
 	defer stop()
 	event()
 	for buf := make([]byte, 4096); ; {
