@@ -270,8 +270,10 @@ func (p *Pod) Events(ctx context.Context) ([]corev1.Event, error) {
 	return events, nil
 }
 
-// WaitEvent waits for an Event with the reason on the pod or its service account.
+// WaitEvent waits, up to 20 s, for an Event with the reason on the pod or its service account.
 func (p *Pod) WaitEvent(ctx context.Context, reason string) (*corev1.Event, error) {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
 	w, err := p.Node.lab.Kube.CoreV1().Events(p.Namespace).Watch(ctx, metav1.ListOptions{})
 	if err != nil {
 		return nil, err
