@@ -45,8 +45,10 @@ func (l *rateLimits[K]) allow(key K, now time.Time) (ok bool, suppressed int) {
 			b = &l.overflow
 		}
 	}
-	b.tokens = min(l.burst, b.tokens+max(0, now.Sub(b.last).Seconds())*l.rate)
-	b.last = now
+	if idle := now.Sub(b.last); idle > 0 { // requests come here in any order
+		b.tokens = min(l.burst, b.tokens+idle.Seconds()*l.rate)
+		b.last = now
+	}
 	if b.tokens < 1 {
 		b.suppressed++
 		return false, 0
