@@ -2,6 +2,7 @@ package pods
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -242,6 +243,8 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 		respond(w, http.StatusOK, node)
+	case verb == "patch" && resource == "nodes":
+		a.patchTaints(w, r, path[1])
 	case verb == "create" && resource == "serviceaccounts" && len(path) == 3 && path[2] == "token":
 		a.token(w, r)
 	case (verb == "create" || verb == "patch") && resource == "events":
@@ -393,6 +396,27 @@ func (a *apiServer) watch(w http.ResponseWriter, r *http.Request, resource, name
 	}
 }
 
+// patchTaints applies the one JSON patch of nodes there is: a test, then a replacement.
+func (a *apiServer) patchTaints(w http.ResponseWriter, r *http.Request, name string) {
+	var ops []struct {
+		Op, Path string
+		Value    []corev1.Taint
+	}
+	if err := json.NewDecoder(r.Body).Decode(&ops); err != nil || len(ops) != 2 || ops[0].Op != "test" || ops[1].Op != "replace" || ops[1].Path != "/spec/taints" {
+		a.t.Errorf("patch of node %s: %+v, %v", name, ops, err)
+	}
+	a.mu.Lock()
+	node := a.objects["nodes"]["/"+name].DeepCopyObject().(*corev1.Node)
+	a.mu.Unlock()
+	if !slices.Equal(node.Spec.Taints, ops[0].Value) {
+		refuse(w, apierrors.NewInvalid(schema.GroupKind{Kind: "Node"}, name, nil))
+		return
+	}
+	node.Spec.Taints = ops[1].Value
+	a.put(node)
+	respond(w, http.StatusOK, node)
+}
+
 func (a *apiServer) token(w http.ResponseWriter, r *http.Request) {
 	req := &authenticationv1.TokenRequest{}
 	a.decode(r, req)
@@ -401,7 +425,7 @@ func (a *apiServer) token(w http.ResponseWriter, r *http.Request) {
 	tokenFor := a.tokenFor
 	a.mu.Unlock()
 	token, err := tokenFor(req.Spec)
-	if s, ok := err.(*apierrors.StatusError); ok {
+	if s, ok := errors.AsType[*apierrors.StatusError](err); ok {
 		refuse(w, s)
 		return
 	}
