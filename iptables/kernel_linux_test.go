@@ -512,7 +512,7 @@ func testRepair(t *testing.T, kind string) {
 			run(t, c)
 		}
 		if damage.name == "flush" && kind == "nft" {
-			l.refused(damage.name, "")
+			l.refused(damage.name, either)
 		}
 		took := eventually(t, 10*time.Second, damage.name+": the redirect is whole again", served) // by an event: the interval is 30 s
 		t.Logf("%s: whole again after %v", damage.name, took)
