@@ -45,6 +45,7 @@ system:serviceaccount:{{ .Release.Namespace }}:{{ include "imdsgate.serviceAccou
   {{- $port := index $f $name | splitList ":" | last }}
   {{- if and $port (has (int $port) (list (int $f.port) (add (int $f.port) 1 | int))) }}{{ fail (printf "flags.%s %q: port %s is pod-facing (flags.port and the next)" $name (index $f $name) $port) }}{{ end }}
 {{- end }}
+{{- if hasKey ($v.resources.limits | default dict) "cpu" }}{{ fail "resources.limits.cpu: a throttled daemon misses the SDKs' time limits; set resources.requests.cpu instead" }}{{ end }}
 {{- if and $f.pprof (not (index $f "debug-addr")) }}{{ fail "flags.pprof needs flags.debug-addr" }}{{ end }}
 {{- if and $v.metrics.serviceMonitor.enabled (not (index $f "ops-addr")) }}{{ fail "metrics.serviceMonitor needs flags.ops-addr: there is nothing to scrape" }}{{ end }}
 {{- if and (eq $f.redirect "none") (not $f.guard) }}{{ fail "flags.redirect none and flags.guard false together leave nothing between pods and the node's role; to uninstall, use mode cleanup" }}{{ end }}
