@@ -50,7 +50,7 @@
 // Pods in the host network are the node, and so is what they proxy. So is the kubelet: a probe or lifecycle handler with host:
 // 169.254.169.254. Data paths that skip routing rules: flowtable offload, eBPF redirection, a network interface of the pod's own.
 // A neighbour that spoofs ARP on a bridge with NET_RAW. Pods with NET_ADMIN in the host's namespace. The time on a new node before
-// the guard is first made, unless a unit makes it at boot, with the tag of RuleProtocol:
+// the guard is first made, unless a unit makes it at boot, with the tag of RuleProtocol (TestKernelBootUnit):
 //
 //	ip rule add pref 1 nop protocol 169
 //	ip rule add pref 0 to 169.254.169.254 iif lo goto 1 protocol 169

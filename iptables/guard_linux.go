@@ -235,7 +235,7 @@ func encodeRule(f family, r ipRule) []nl.NetlinkRequestData {
 		nl.NewRtAttr(nl.FRA_PROTOCOL, []byte{r.protocol}),
 	}
 	if r.dst.IsValid() {
-		h.Dst_len = uint8(r.dst.Bits()) //nolint:gosec // at most 128
+		h.Dst_len = uint8(r.dst.Bits()) // at most 128
 		data = append(data, nl.NewRtAttr(nl.FRA_DST, r.dst.Addr().AsSlice()))
 	}
 	if r.iif != "" {

@@ -185,6 +185,35 @@ func TestKernelGuardSteps(t *testing.T) {
 	})
 }
 
+// What the package doc tells a unit to run at boot is the guard, and known as ours.
+func TestKernelBootUnit(t *testing.T) {
+	kernelTest(t, func(t *testing.T) {
+		l := newLab(t)
+		before := rules(t)
+		doc, err := os.ReadFile("doc.go")
+		must(t, err)
+		commands := 0
+		for line := range strings.SplitSeq(string(doc), "\n") {
+			if command, ok := strings.CutPrefix(line, "//\tip rule add "); ok {
+				commands++
+				run(t, "ip rule add "+command)
+				run(t, "ip -6 rule add "+strings.Replace(command, "169.254.169.254", "fd00:ec2::254", 1))
+				l.nodeReaches("at boot, after " + command)
+			}
+		}
+		if commands != 3 {
+			t.Errorf("%d commands in doc.go", commands)
+		}
+		l.refused("at boot", "")
+		r := newRules(t, "nft", Options{Guard: true})
+		r.step = func(_ family, op ruleOp) { t.Errorf("EnsureGuard did %q", op) }
+		must(t, r.EnsureGuard(t.Context()))
+		r.step = nil
+		must(t, r.Remove(t.Context()))
+		same(t, "Remove left something", before, rules(t))
+	})
+}
+
 // A refusal is told: at once, but for TCP over IPv6, where it comes back while connect(2) still holds the socket, so that Linux
 // takes note of the one for the second SYN only, a second later.
 func TestKernelRefusalIsTold(t *testing.T) {
@@ -777,6 +806,46 @@ func TestKernelLockHeld(t *testing.T) {
 	})
 }
 
+// withCapabilities runs f, and the commands it starts, with these capabilities alone.
+func withCapabilities(f func() error, keep ...int) error {
+	return onThread(func() error {
+		var set [2]unix.CapUserData
+		for c := range unix.CAP_LAST_CAP + 1 {
+			if slices.Contains(keep, c) {
+				set[c/32].Effective |= 1 << (c % 32)
+				set[c/32].Permitted |= 1 << (c % 32)
+			} else if err := unix.Prctl(unix.PR_CAPBSET_DROP, uintptr(c), 0, 0, 0); err != nil {
+				return err
+			}
+		}
+		if err := unix.Capset(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &set[0]); err != nil {
+			return err
+		}
+		return f()
+	})
+}
+
+// The rights that the chart gives are enough, for both back ends and for the one that PATH offers; so is a node that has IPv6 in
+// its kernel but switched off.
+func TestKernelCapabilities(t *testing.T) {
+	kernelTest(t, func(t *testing.T) {
+		l := newLab(t)
+		l.gates(8254)
+		must(t, os.WriteFile("/proc/sys/net/ipv6/conf/all/disable_ipv6", []byte("1"), 0o644))
+		for _, kind := range append(kinds, "") {
+			r := newRules(t, kind, Options{Guard: true, StateDir: t.TempDir()})
+			must(t, withCapabilities(func() error {
+				return errors.Join(r.EnsureGuard(t.Context()), r.EnsureRedirect(t.Context(), []netip.AddrPort{gate4}), r.Verified())
+			}, unix.CAP_NET_ADMIN, unix.CAP_NET_RAW))
+			l.refused(kind, "gate:8254", ipv4)
+			must(t, withCapabilities(func() error { return r.Remove(t.Context()) }, unix.CAP_NET_ADMIN, unix.CAP_NET_RAW))
+			if got, err := l.ptp.dial(netip.AddrPortFrom(ipv4.endpoint(), 80)); got != "real" {
+				t.Errorf("%q: after Remove: %q, %v", kind, got, err)
+			}
+		}
+	})
+}
+
 // Without the rights, and without a place for the state: errors that name the fix.
 func TestKernelErrorsNameTheFix(t *testing.T) {
 	kernelTest(t, func(t *testing.T) {
@@ -796,16 +865,7 @@ func TestKernelErrorsNameTheFix(t *testing.T) {
 		for _, kind := range kinds {
 			r := newRules(t, kind, Options{Guard: true})
 			r.priority = 7
-			err := onThread(func() error {
-				for _, capability := range []uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW} {
-					if err := unix.Prctl(unix.PR_CAPBSET_DROP, capability, 0, 0, 0); err != nil {
-						return err
-					}
-				}
-				none := [2]unix.CapUserData{}
-				if err := unix.Capset(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &none[0]); err != nil {
-					return err
-				}
+			err := withCapabilities(func() error {
 				if err := r.EnsureGuard(context.Background()); err == nil || !strings.Contains(err.Error(), "capability NET_ADMIN") {
 					t.Errorf("EnsureGuard without rights: %v", err)
 				}

@@ -66,6 +66,15 @@ func TestNoIptablesNamesTheFix(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "apt-get install iptables") {
 		t.Errorf("got %v", err)
 	}
+	r, err := New(Options{})
+	must(t, err)
+	var text string
+	for _, f := range r.Check(t.Context()) {
+		text += f.Text
+	}
+	if !strings.Contains(text, "apt-get install iptables") {
+		t.Errorf("Check: %s", text)
+	}
 	if found := backends(t.Context(), ipv4); len(found) != 0 {
 		t.Errorf("found %v", found)
 	}
