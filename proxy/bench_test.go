@@ -37,7 +37,7 @@ func (o one) Get(context.Context, cache.Key) (*cache.Credentials, error) {
 func issuedBy(t testing.TB, grants ...*Grant) []*cache.Credentials {
 	t.Helper()
 	c := cache.New(cache.Options{Issuer: &issuer{calls: map[string]int{}}, Live: (&lab{callers: newCallers()}).live, Encode: Encode})
-	ctx, cancel := context.WithCancel(context.Background())
+	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	wg.Go(func() { _ = c.Run(ctx) })
 	defer wg.Wait()
@@ -151,7 +151,7 @@ func BenchmarkAgainstBareHandler(b *testing.B) {
 		h.Set("Content-Length", fmt.Sprint(len(document)))
 		_, _ = w.Write(document)
 	})
-	ctx, cancel := context.WithCancel(context.Background())
+	ctx, cancel := context.WithCancel(b.Context())
 	defer cancel()
 	ours, theirs := listen(b), listen(b)
 	go func() { _ = s.Serve(ctx, ours) }()

@@ -26,6 +26,7 @@ func TestHostIsCompleted(t *testing.T) {
 		"headers":             {get + "A: b\r\n\r\n", get + "A: b\r\n" + hostLine + "\r\n"},
 		"line feeds":          {"GET / HTTP/1.1\nA: b\n\n", "GET / HTTP/1.1\nA: b\n" + hostLine + "\n"},
 		"has one":             {get + "host: x\r\n\r\n", get + "host: x\r\n\r\n"},
+		"has one first":       {get + "Host: x\r\nDate: y\r\n\r\n", get + "Host: x\r\nDate: y\r\n\r\n"},
 		"has an empty one":    {get + "Host:\r\n\r\n", get + "Host:\r\n\r\n"},
 		"PUT":                 {"PUT / HTTP/1.1\r\nContent-Length: 0\r\n\r\n", "PUT / HTTP/1.1\r\nContent-Length: 0\r\n" + hostLine + "\r\n"},
 		"HEAD":                {"HEAD / HTTP/1.1\r\n\r\n", "HEAD / HTTP/1.1\r\n" + hostLine + "\r\n"},

@@ -92,11 +92,11 @@ func (t *tokens) check(ip netip.Addr, token string, now time.Time) (issued, bool
 }
 
 func putMillis(b []byte, t time.Time) {
-	binary.BigEndian.PutUint64(b, uint64(t.UnixMilli())) //nolint:gosec // comes back unchanged
+	binary.BigEndian.PutUint64(b, uint64(t.UnixMilli()))
 }
 
 func millis(b []byte) time.Time {
-	return time.UnixMilli(int64(binary.BigEndian.Uint64(b))) //nolint:gosec // only what putMillis wrote has a valid MAC
+	return time.UnixMilli(int64(binary.BigEndian.Uint64(b))) // only what putMillis wrote has a valid MAC
 }
 
 // issued is when a session token was issued; zero without one.
