@@ -110,7 +110,7 @@ func New(ctx context.Context, o Options) (*STS, error) {
 			return retry.NewStandard(func(o *retry.StandardOptions) {
 				o.MaxAttempts = attempts
 				o.Backoff = retry.BackoffDelayerFunc(func(int, error) (time.Duration, error) {
-					return attemptPause/2 + rand.N(attemptPause/2), nil //nolint:gosec // it spreads retries, it hides nothing
+					return attemptPause/2 + rand.N(attemptPause/2), nil // it spreads retries, it hides nothing
 				})
 			})
 		}),

@@ -41,7 +41,6 @@ func TestMain(m *testing.M) {
 // oneCaller is a node with one pod, and the cache with its credentials.
 type oneCaller struct {
 	caller proxy.Caller
-	creds  cache.Credentials
 }
 
 func (o *oneCaller) Find(netip.Addr) (*proxy.Caller, error)                  { return &o.caller, nil }

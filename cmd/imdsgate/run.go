@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -327,7 +328,7 @@ func listen(ctx context.Context, ips []netip.Addr, port int) (listeners []net.Li
 	bind := func(port int) (ls []net.Listener, err error) {
 		for _, ip := range ips {
 			var lc net.ListenConfig
-			l, err := lc.Listen(ctx, "tcp", netip.AddrPortFrom(ip, uint16(port)).String())
+			l, err := lc.Listen(ctx, "tcp", net.JoinHostPort(ip.String(), strconv.Itoa(port)))
 			if err != nil {
 				for _, l := range ls {
 					l.Close()
