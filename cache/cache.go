@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"iter"
 	"log/slog"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"runtime/debug"
@@ -66,8 +67,7 @@ type Cache struct {
 	// afresh; until then nothing serves it.
 	restored map[Key]*value
 	dir      string
-	store    *store    // nil: nothing is kept
-	unkept   time.Time // when a failure to keep something was last logged
+	store    *store // nil: nothing is kept
 
 	// Run's own, kept between passes to save the allocation.
 	keys []liveKey
@@ -103,19 +103,20 @@ func New(o Options) *Cache {
 }
 
 // Restore reads what an earlier run kept in Options.Dir, so that a restart costs no STS call and survives an STS outage. It is
-// called once, before Run; without Dir it does nothing. It makes the directory when it is missing and refuses one that others
-// than root and this process may use. Single files that cannot be used are dropped, with a log line.
+// called once, before Run; without Dir it does nothing, and without Restore nothing is kept. It makes the directory when it is
+// missing and refuses one that others than root and this process may use. Single files that cannot be used are removed, with a
+// log line.
 func (c *Cache) Restore() error {
 	if c.dir == "" {
 		return nil
 	}
-	s, err := openStore(c.dir)
+	s, err := openStore(c.dir, func(file string, err error) {
+		c.log.Warn("kept credentials dropped", "file", file, "error", err.Error())
+	})
 	if err != nil {
 		return fmt.Errorf("directory of kept credentials: %w", err)
 	}
-	values, err := s.load(time.Now(), c.encode, func(file string, err error) {
-		c.log.Warn("kept credentials dropped", "file", file, "error", err.Error())
-	})
+	values, err := s.restore(time.Now(), c.encode)
 	if err != nil {
 		return fmt.Errorf("read kept credentials: %w", err)
 	}
@@ -126,10 +127,12 @@ func (c *Cache) Restore() error {
 	return nil
 }
 
-// newEntry makes the entry of a key, with the value of an earlier run if there is one. The lock is held.
+// newEntry makes the entry of a key, with the value of an earlier run if there is one: somebody asked for it then, or it was
+// prefetched, so it is kept fresh. The lock is held.
 func (c *Cache) newEntry(key Key) *entry {
-	e := &entry{key: key, value: c.restored[key], changed: make(chan struct{})}
+	v := c.restored[key]
 	delete(c.restored, key)
+	e := &entry{key: key, value: v, asked: v != nil, changed: make(chan struct{})}
 	c.entries[key] = e
 	return e
 }
@@ -198,8 +201,13 @@ func (c *Cache) Get(ctx context.Context, key Key) (*Credentials, error) {
 
 // Wake tells Run that the live set changed. It never blocks; calls that come before Run has looked are one.
 func (c *Cache) Wake() {
+	signal(c.wake)
+}
+
+// signal tells the receiver of a channel of capacity 1 to look again. It never blocks.
+func signal(ch chan<- struct{}) {
 	select {
-	case c.wake <- struct{}{}:
+	case ch <- struct{}{}:
 	default:
 	}
 }
@@ -220,8 +228,14 @@ func (c *Cache) Retry(namespace, serviceAccount string) {
 // Run issues, refreshes and evicts until ctx is done and the calls in flight, which it cancels, have returned. It must run
 // once. Its error is always nil.
 func (c *Cache) Run(ctx context.Context) error {
-	var issues sync.WaitGroup
-	defer issues.Wait()
+	var issues, keeping sync.WaitGroup
+	changed := make(chan struct{}, 1)
+	keeping.Go(func() { c.keep(ctx, changed) })
+	defer func() {
+		issues.Wait()
+		close(changed)
+		keeping.Wait()
+	}()
 	timer := time.NewTimer(resync)
 	defer timer.Stop()
 	for ctx.Err() == nil {
@@ -230,6 +244,7 @@ func (c *Cache) Run(ctx context.Context) error {
 		for _, e := range start {
 			issues.Go(func() { c.issue(ctx, e) })
 		}
+		signal(changed)
 		timer.Reset(sleep)
 		select {
 		case <-ctx.Done():
@@ -247,12 +262,6 @@ func (c *Cache) readLive() {
 		c.keys = append(c.keys, liveKey{key, prefetch})
 	}
 	now := time.Now()
-	var gone []Key
-	defer func() {
-		for _, key := range gone { // without the lock: a disk may be slow
-			c.store.remove(key)
-		}
-	}()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, e := range c.entries {
@@ -261,7 +270,7 @@ func (c *Cache) readLive() {
 	for _, k := range c.keys {
 		e := c.entries[k.key]
 		if e == nil {
-			if !k.prefetch {
+			if !k.prefetch && c.restored[k.key] == nil {
 				continue
 			}
 			e = c.newEntry(k.key)
@@ -271,16 +280,12 @@ func (c *Cache) readLive() {
 	for key, e := range c.entries {
 		if !e.live && e.waiters == 0 && !e.issuing {
 			delete(c.entries, key)
-			if c.store != nil {
-				gone = append(gone, key)
-			}
 		}
 	}
 	// Nobody may want them, but before the pods are known nobody does. They are few, and none outlives its session.
 	for key, v := range c.restored {
 		if !v.servable(now) {
 			delete(c.restored, key)
-			gone = append(gone, key)
 		}
 	}
 }
@@ -345,7 +350,7 @@ func (c *Cache) issue(ctx context.Context, e *entry) {
 	defer cancel()
 	creds, issueErr := c.issuer.Issue(timeout, e.key)
 	if err = issueErr; err == nil {
-		v, err = newValue(creds, e.key.Duration, time.Now(), c.encode)
+		v, err = newValue(creds, e.key.Duration, 0, time.Now(), c.encode)
 	}
 }
 
@@ -373,9 +378,6 @@ func (c *Cache) finish(ctx context.Context, e *entry, v *value, err error) {
 	e.changed = make(chan struct{})
 	c.mu.Unlock()
 	c.Wake()
-	if err == nil {
-		c.keep(ctx, e.key, v)
-	}
 
 	log := c.log.With("namespace", e.key.Namespace, "service_account", e.key.ServiceAccount,
 		"role_arn", e.key.RoleARN, "session_name", e.key.SessionName)
@@ -388,24 +390,33 @@ func (c *Cache) finish(ctx context.Context, e *entry, v *value, err error) {
 	}
 }
 
-// keep writes what was issued for the next run. Nobody waits for it, and its failure fails nothing: the next run asks again.
-func (c *Cache) keep(ctx context.Context, key Key, v *value) {
+// keep makes the directory follow the cache: once after each signal, and once more when the channel is closed. It is a
+// goroutine of its own, so that no request and no issue ever waits for a disk. A failure fails nothing: the next run asks STS.
+func (c *Cache) keep(ctx context.Context, changed <-chan struct{}) {
 	if c.store == nil {
 		return
 	}
-	err := c.store.save(key, v.creds)
-	if err == nil {
-		return
+	for open := true; open; {
+		_, open = <-changed
+		if err := c.store.sync(c.values(), time.Now()); err != nil {
+			c.log.WarnContext(ctx, "credentials are not kept for a restart: see that the state directory is there and has room",
+				"error", err.Error())
+		}
 	}
-	c.mu.Lock()
-	say := time.Since(c.unkept) > time.Minute
-	if say {
-		c.unkept = time.Now()
+}
+
+// values are all there are, also those of an earlier run that nobody has wanted yet.
+func (c *Cache) values() map[Key]*value {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	values := make(map[Key]*value, len(c.entries)+len(c.restored))
+	maps.Copy(values, c.restored)
+	for key, e := range c.entries {
+		if e.value != nil {
+			values[key] = e.value
+		}
 	}
-	c.mu.Unlock()
-	if say {
-		c.log.WarnContext(ctx, "credentials are not kept for a restart: free some space in the state directory", "error", err.Error())
-	}
+	return values
 }
 
 // State says what an entry can do for a request.

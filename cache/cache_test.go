@@ -152,6 +152,7 @@ type rig struct {
 	sts  *fakeSTS
 	live *liveSet
 	reg  *prometheus.Registry
+	stop func()
 }
 
 // start runs a cache in the current synctest bubble until the end of the test.
@@ -167,15 +168,19 @@ func start(t *testing.T, change func(*Options), live map[Key]bool) *rig {
 		change(&o)
 	}
 	r.Cache = New(o)
+	if err := r.Restore(); err != nil {
+		t.Fatal(err)
+	}
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	done := make(chan error)
 	go func() { done <- r.Run(ctx) }()
-	t.Cleanup(func() {
+	r.stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
 			t.Errorf("Run: %v", err)
 		}
 	})
+	t.Cleanup(r.stop)
 	return r
 }
 
@@ -852,7 +857,7 @@ func TestUselessAnswers(t *testing.T) {
 		"zero": {}, "no secret": {AccessKeyID: "ASIA", Expires: time.Now().Add(time.Hour)},
 		"no id": NewCredentials("", "secret", "token", time.Now(), time.Now().Add(time.Hour)),
 	} {
-		if v, err := newValue(c, time.Hour, time.Now(), nil); err == nil {
+		if v, err := newValue(c, time.Hour, 0, time.Now(), nil); err == nil {
 			t.Errorf("%s: %v counts as credentials", name, v.creds)
 		}
 	}

@@ -19,7 +19,7 @@ import (
 
 func TestRedaction(t *testing.T) {
 	now := time.Now()
-	v, err := newValue(NewCredentials("ASIAID", "sekrit/key", "sekrit/token", now, now.Add(time.Hour)), time.Hour, now,
+	v, err := newValue(NewCredentials("ASIAID", "sekrit/key", "sekrit/token", now, now.Add(time.Hour)), time.Hour, 0, now,
 		func(c Credentials) []byte { return []byte("sekrit/document of " + c.SessionToken()) })
 	if err != nil {
 		t.Fatal(err)
@@ -134,7 +134,7 @@ func TestBothClocks(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			issued := time.Now()
-			v, err := newValue(NewCredentials("ASIA", "s", "t", issued, issued.Add(hour+tt.skew).Round(0)), tt.duration, issued, nil)
+			v, err := newValue(NewCredentials("ASIA", "s", "t", issued, issued.Add(hour+tt.skew).Round(0)), tt.duration, 0, issued, nil)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -29,12 +29,17 @@ type value struct {
 	refreshAt, refreshAtWall   time.Time
 }
 
-// newValue is what the credentials, which arrived now for a session of the given duration, are worth.
-func newValue(creds Credentials, duration time.Duration, now time.Time, encode func(Credentials) []byte) (*value, error) {
+// newValue is what the credentials of a session of the given duration are worth now, at the given age: none when they have just
+// arrived, else those of an earlier run, whose refresh and end are no later for that.
+func newValue(creds Credentials, duration, age time.Duration, now time.Time, encode func(Credentials) []byte) (*value, error) {
 	if creds.secret == nil || creds.AccessKeyID == "" {
 		return nil, errNothing
 	}
 	left := creds.Expires.Round(0).Sub(now.Round(0))
+	if duration > 0 {
+		// With a clock that is behind, the wall clock would keep them too long. Their duration bounds that.
+		left = min(left, duration-age)
+	}
 	if left <= margin {
 		return nil, &IssueError{
 			Err: fmt.Errorf("the credentials expire at %s, %s from now by this node's clock",
@@ -42,24 +47,20 @@ func newValue(creds Credentials, duration time.Duration, now time.Time, encode f
 			Hint: "set the node's clock",
 		}
 	}
-	// With a clock that is behind, the wall clock would keep them too long. Their duration bounds that.
-	life := left
-	if duration > 0 {
-		life = min(left, duration)
-	}
 	if creds.Issued.IsZero() {
 		creds.Issued = now
 	}
 	if encode != nil {
 		creds = creds.withDocument(encode(creds))
 	}
-	age := min(jittered(life/2, rand.Float64()), life-margin) // with little left the end of serving comes before half life
+	life := left + age
+	refresh := min(jittered(life/2, rand.Float64()), life-margin) - age // with little left the end of serving comes before half life
 	return &value{
 		creds:          creds,
-		serveUntil:     now.Add(life - margin),
+		serveUntil:     now.Add(left - margin),
 		serveUntilWall: creds.Expires.Round(0).Add(-margin),
-		refreshAt:      now.Add(age),
-		refreshAtWall:  now.Round(0).Add(age),
+		refreshAt:      now.Add(refresh),
+		refreshAtWall:  now.Round(0).Add(refresh),
 	}, nil
 }
 

@@ -2,16 +2,13 @@ package cache
 
 import (
 	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -19,37 +16,44 @@ import (
 
 const (
 	storeVersion = 1
-	maxStored    = 4096     // files read at start: many times the pods of a node
-	maxStoredLen = 64 << 10 // bytes of one; session tokens are a few kilobytes
-	storeSuffix  = ".json"
-	// clockSlack is how far in the future a file may have been written: more means that the wall clock was set back since,
-	// and nothing in the file can be trusted to end in time.
-	clockSlack = time.Minute
+	storeSuffix  = ".json"        // of every file but those that are being written
+	maxFiles     = 4096           // looked at in one go: many times the pods of a node
+	maxFileLen   = 64 << 10       // bytes of one; session tokens are a few kilobytes
+	maxSession   = 48 * time.Hour // STS issues 12 h at most; the rest is for clocks that disagree
+	maxSkew      = time.Minute    // how far in the future a file may have been written
+	// sweepEvery is how often files that have ended are looked for. Run lets pass up to resync more: less than the margin, so no
+	// file outlives its session.
+	sweepEvery = resync
+	pause      = time.Minute // after a failure of the disk
 )
 
-// store keeps issued credentials in a directory, one plain 0600 file a key, for the next run of the daemon. Sealing them with a
-// key that lies beside them would protect nothing; the directory is root's and on a tmpfs. This is the only place where a
-// secret is written.
+// store keeps credentials in a directory, one plain 0600 file a key, for the next run of the daemon. Sealing them with a key
+// that lies beside them would protect nothing; the directory is root's and on a tmpfs. This is the only place where a secret
+// is written. Two instances may share the directory: files are replaced in one step, and the last that was issued stays.
+// It is not safe for concurrent use: restore comes before the one goroutine that calls sync.
 type store struct {
-	dir string
-	// seq tells concurrent writers of one process apart; the process id those of two.
-	seq chan int
+	dir     string
+	written map[Key]*value // what is there of ours
+	resume  time.Time      // no writing before, as it failed
+	sweepAt time.Time
+	problem func(file string, err error) // is told of files that are removed because they cannot be used
 }
 
-// stored is the content of a file: the whole key, so that unequal keys never share it, whatever its name.
+// stored is the content of a file. It has the whole key: what a file is worth is decided by its content, not by its name.
 type stored struct {
 	Version         int       `json:"version"`
 	Key             Key       `json:"key"`
 	AccessKeyID     string    `json:"access_key_id"`
 	SecretAccessKey string    `json:"secret_access_key"`
 	SessionToken    string    `json:"session_token"`
+	RequestID       string    `json:"request_id"`
 	Issued          time.Time `json:"issued"`
+	IssuedUptime    int64     `json:"issued_uptime"` // seconds since the node booted: the wall clock may be set between two runs
 	Expires         time.Time `json:"expires"`
-	RequestID       string    `json:"request_id,omitempty"`
 }
 
-// openStore makes the directory when it is missing and refuses one that somebody else could have written to.
-func openStore(dir string) (*store, error) {
+// openStore makes the directory when it is missing and refuses one that somebody else could use.
+func openStore(dir string, problem func(file string, err error)) (*store, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -63,15 +67,13 @@ func openStore(dir string) (*store, error) {
 	if err := ownedAlone(info); err != nil {
 		return nil, fmt.Errorf("%s %w", dir, err)
 	}
-	s := &store{dir: dir, seq: make(chan int, 1)}
-	s.seq <- 0
-	return s, nil
+	return &store{dir: dir, written: make(map[Key]*value), problem: problem}, nil
 }
 
-// ownedAlone refuses what another user owns or may write to or read.
+// ownedAlone refuses what another user owns or may read or write.
 func ownedAlone(info fs.FileInfo) error {
-	if st, ok := info.Sys().(*syscall.Stat_t); ok && st.Uid != 0 && int(st.Uid) != os.Geteuid() {
-		return fmt.Errorf("belongs to user %d: it must belong to root", st.Uid)
+	if st, ok := info.Sys().(*syscall.Stat_t); !ok || st.Uid != 0 && int(st.Uid) != os.Geteuid() {
+		return errors.New("belongs to another user: it must belong to root")
 	}
 	if info.Mode().Perm()&0o077 != 0 {
 		return fmt.Errorf("has mode %04o: only its owner may have access (chmod go=)", info.Mode().Perm())
@@ -79,147 +81,204 @@ func ownedAlone(info fs.FileInfo) error {
 	return nil
 }
 
-// name of a key's file. A hash: parts of a key are long, and hold what file names cannot.
-func (s *store) name(key Key) string {
-	h := sha256.New()
-	for _, part := range []string{
-		key.RoleARN, key.SessionName, key.ExternalID, key.Namespace, key.ServiceAccount, key.Audience,
-		strconv.FormatInt(int64(key.Duration), 10), key.Tags.ClusterName, key.Tags.Namespace, key.Tags.ServiceAccount,
-	} {
-		fmt.Fprintf(h, "%d:%s", len(part), part)
-	}
-	return filepath.Join(s.dir, hex.EncodeToString(h.Sum(nil)[:16])+storeSuffix)
+// fileName is a hash: parts of a key are long, and hold what file names cannot. %#v names and quotes every field there is.
+func fileName(key Key) string {
+	sum := sha256.Sum256(fmt.Appendf(nil, "%#v", key))
+	return fmt.Sprintf("%x%s", sum[:16], storeSuffix)
 }
 
-// save replaces a key's file in one step: a reader, also one in another process, sees the old or the new content.
-func (s *store) save(key Key, c Credentials) error {
+// restore returns what is left of an earlier run.
+func (s *store) restore(now time.Time, encode func(Credentials) []byte) (map[Key]*value, error) {
+	values := make(map[Key]*value)
+	err := s.read(now, encode, func(key Key, v *value) { values[key], s.written[key] = v, v })
+	return values, err
+}
+
+// sync makes the directory hold the values of want and nothing that has ended. An error is the disk's and returned once a minute:
+// the values that it does not concern are kept all the same, the others are tried again then.
+func (s *store) sync(want map[Key]*value, now time.Time) error {
+	for key := range s.written {
+		if want[key] == nil {
+			// Another instance may have replaced it meanwhile. It goes all the same: that costs one STS call at its restart.
+			_ = os.Remove(filepath.Join(s.dir, fileName(key)))
+			delete(s.written, key)
+		}
+	}
+	if now.Before(s.resume) {
+		return nil
+	}
+	var failed error
+	if !now.Before(s.sweepAt) { // also what nobody here wrote
+		s.sweepAt = now.Add(sweepEvery)
+		failed = s.read(now, nil, func(Key, *value) {})
+	}
+	for key, v := range want {
+		if s.written[key] == v || !v.servable(now) {
+			continue
+		}
+		if err := s.save(key, v.creds, now); err != nil {
+			failed = err
+			continue
+		}
+		s.written[key] = v
+	}
+	if failed != nil {
+		s.resume = now.Add(pause)
+	}
+	return failed
+}
+
+// save replaces a key's file in one step: a reader, also one in another process, sees the old or the new content. A session that
+// another instance got later stays.
+func (s *store) save(key Key, c Credentials, now time.Time) (err error) {
+	up, err := uptime()
+	if err != nil {
+		return err
+	}
+	path := filepath.Join(s.dir, fileName(key))
+	if b, err := readFile(path); err == nil {
+		if _, v, err := decode(fileName(key), b, now, up, nil); err == nil && v.creds.Issued.After(c.Issued) {
+			return nil
+		}
+	}
 	b, err := json.Marshal(stored{
-		storeVersion, key, c.AccessKeyID, c.SecretAccessKey(), c.SessionToken(), c.Issued.UTC(), c.Expires.UTC(), c.RequestID,
+		Version: storeVersion, Key: key, AccessKeyID: c.AccessKeyID, SecretAccessKey: c.SecretAccessKey(),
+		SessionToken: c.SessionToken(), RequestID: c.RequestID, Issued: c.Issued.UTC(),
+		IssuedUptime: max(0, int64((up - now.Sub(c.Issued)).Seconds())), Expires: c.Expires.UTC(),
 	})
 	if err != nil {
-		return fmt.Errorf("encode credentials: %w", errors.New("not JSON")) // json's own text could quote them
+		return err
 	}
-	n := <-s.seq
-	s.seq <- n + 1
-	path := s.name(key)
-	temp := fmt.Sprintf("%s.%d-%d", path, os.Getpid(), n)
-	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL|syscall.O_NOFOLLOW, 0o600)
-	if err == nil {
-		_, err = f.Write(b)
-		err = errors.Join(err, f.Close())
-	}
-	if err == nil {
-		err = os.Rename(temp, path)
-	}
+	f, err := os.CreateTemp(s.dir, "*.tmp") // 0600, and never an existing file
 	if err != nil {
-		_ = os.Remove(temp)
-		return fmt.Errorf("keep credentials for a restart: %w", err)
+		return err
+	}
+	defer func() {
+		if err != nil {
+			_ = os.Remove(f.Name())
+		}
+	}()
+	_, err = f.Write(b)
+	if err := errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), path)
+}
+
+// read yields what is in the directory and can be used. It removes the rest.
+func (s *store) read(now time.Time, encode func(Credentials) []byte, yield func(Key, *value)) error {
+	up, err := uptime()
+	if err != nil {
+		return err
+	}
+	dir, err := os.Open(s.dir)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	entries, err := dir.ReadDir(maxFiles)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	for _, e := range entries {
+		path := filepath.Join(s.dir, e.Name())
+		if !strings.HasSuffix(e.Name(), storeSuffix) {
+			// Of a writer that was killed, or nobody's. What another instance is writing is younger.
+			if info, err := e.Info(); err == nil && now.Sub(info.ModTime()).Abs() > time.Minute {
+				_ = os.Remove(path)
+			}
+			continue
+		}
+		b, err := readFile(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // another instance has just removed it
+		}
+		var (
+			key Key
+			v   *value
+		)
+		if err == nil {
+			key, v, err = decode(e.Name(), b, now, up, encode)
+		}
+		if err == nil {
+			yield(key, v)
+			continue
+		}
+		if !errors.Is(err, errEnded) {
+			s.problem(e.Name(), err)
+		}
+		_ = os.Remove(path)
 	}
 	return nil
 }
 
-// remove forgets a key. Where two instances share the directory during an update, the other may just have written the file
-// anew: then its next restart costs one STS call.
-func (s *store) remove(key Key) { _ = os.Remove(s.name(key)) }
-
-// load reads what is left of an earlier run. What cannot be used is removed; problem is told why.
-func (s *store) load(now time.Time, encode func(Credentials) []byte, problem func(file string, err error)) (map[Key]*value, error) {
-	dir, err := os.Open(s.dir)
+// readFile reads a file that only its owner could have written.
+func readFile(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0) // a named pipe would block
 	if err != nil {
 		return nil, err
-	}
-	defer dir.Close()
-	values := make(map[Key]*value)
-	for {
-		entries, err := dir.ReadDir(64)
-		for _, e := range entries {
-			path := filepath.Join(s.dir, e.Name())
-			if len(values) >= maxStored || !strings.HasSuffix(e.Name(), storeSuffix) {
-				// Of a writer that was killed, or nobody's. Another instance's temporary file is younger than this.
-				if info, err := e.Info(); err == nil && now.Sub(info.ModTime()) > time.Minute {
-					_ = os.Remove(path)
-				}
-				continue
-			}
-			key, v, err := s.read(path, now, encode)
-			if err != nil {
-				problem(e.Name(), err)
-			}
-			if v == nil {
-				_ = os.Remove(path)
-				continue
-			}
-			values[key] = v
-		}
-		if errors.Is(err, io.EOF) {
-			return values, nil
-		}
-		if err != nil {
-			return values, err
-		}
-	}
-}
-
-// read returns no value, and no error either, for credentials that have expired.
-func (s *store) read(path string, now time.Time, encode func(Credentials) []byte) (Key, *value, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
-	if err != nil {
-		return Key{}, nil, err
 	}
 	defer f.Close()
 	info, err := f.Stat()
 	if err != nil {
-		return Key{}, nil, err
+		return nil, err
 	}
-	if !info.Mode().IsRegular() || info.Size() > maxStoredLen {
-		return Key{}, nil, errors.New("not a regular file of at most 64 KiB")
+	if !info.Mode().IsRegular() || info.Size() > maxFileLen {
+		return nil, errors.New("not a regular file of at most 64 KiB")
 	}
 	if err := ownedAlone(info); err != nil {
-		return Key{}, nil, err
+		return nil, err
 	}
-	b, err := io.ReadAll(io.LimitReader(f, maxStoredLen))
-	if err != nil {
-		return Key{}, nil, err
-	}
-	return s.decode(path, b, now, encode)
+	return io.ReadAll(io.LimitReader(f, maxFileLen))
 }
 
-func (s *store) decode(path string, b []byte, now time.Time, encode func(Credentials) []byte) (Key, *value, error) {
+// errEnded is of a session that cannot be served any more: the normal end of a file.
+var errEnded = errors.New("expired")
+
+// decode returns what the content of a file is worth, now and that long after the boot. No error quotes the content.
+func decode(name string, b []byte, now time.Time, up time.Duration, encode func(Credentials) []byte) (Key, *value, error) {
 	var d stored
 	if err := json.Unmarshal(b, &d); err != nil {
 		return Key{}, nil, errors.New("not what this version writes") // json's text could quote a secret
 	}
+	life := d.Expires.Sub(d.Issued)
+	sinceBoot := time.Duration(min(max(d.IssuedUptime, -1), int64(up/time.Second)+1)) * time.Second
 	switch {
 	case d.Version != storeVersion:
-		return Key{}, nil, fmt.Errorf("version %d, not %d", d.Version, storeVersion)
-	case s.name(d.Key) != path:
+		return Key{}, nil, fmt.Errorf("of version %d, not %d", d.Version, storeVersion)
+	case fileName(d.Key) != name:
 		return Key{}, nil, errors.New("of another key than its name says")
-	case d.AccessKeyID == "" || d.SecretAccessKey == "" || d.SessionToken == "" || d.Key.Duration <= 0:
+	case d.AccessKeyID == "" || d.SecretAccessKey == "" || d.SessionToken == "":
 		return Key{}, nil, errors.New("incomplete")
-	case d.Issued.Sub(now) > clockSlack:
+	case life > maxSession:
+		return Key{}, nil, errors.New("longer than a session can be")
+	case d.Issued.Sub(now) > maxSkew:
 		return Key{}, nil, errors.New("written in the future: the node's clock was set back")
+	case sinceBoot < 0 || sinceBoot > up:
+		return Key{}, nil, errors.New("written before the node's last boot")
 	}
+	// Of two clocks that disagree the one that says more is believed: at worst a session is refreshed early.
+	age := max(now.Round(0).Sub(d.Issued), up-sinceBoot)
 	c := NewCredentials(d.AccessKeyID, d.SecretAccessKey, d.SessionToken, d.Issued, d.Expires)
 	c.RequestID = d.RequestID
-	v, err := restoredValue(c, d.Key.Duration, now, encode)
-	return d.Key, v, err
+	if d.Key.Duration > 0 {
+		life = min(life, d.Key.Duration)
+	}
+	if life-age <= margin {
+		return Key{}, nil, errEnded
+	}
+	v, err := newValue(c, life, age, now, encode)
+	if err != nil {
+		return Key{}, nil, errEnded
+	}
+	return d.Key, v, nil
 }
 
-// restoredValue is what credentials of an earlier run are worth now; nil when they have expired. Their refresh is due when it
-// would have been: nodes that restart together do not refresh together.
-func restoredValue(c Credentials, duration time.Duration, now time.Time, encode func(Credentials) []byte) (*value, error) {
-	age := max(now.Round(0).Sub(c.Issued.Round(0)), 0)
-	life := min(c.Expires.Sub(c.Issued), duration)
-	left := min(c.Expires.Round(0).Sub(now.Round(0)), life-age) // by the wall clock: there is no other across a restart
-	if left <= margin {
-		return nil, nil
+// uptime is the time since the node booted, also while it was suspended, in whole seconds. Nobody can set it.
+func uptime() (time.Duration, error) {
+	var info syscall.Sysinfo_t
+	if err := syscall.Sysinfo(&info); err != nil {
+		return 0, os.NewSyscallError("sysinfo", err)
 	}
-	v, err := newValue(c, left, now, encode)
-	if err != nil {
-		return nil, err
-	}
-	if due := jittered(life/2, rand.Float64()) - age; due < v.refreshAt.Sub(now) {
-		v.refreshAt, v.refreshAtWall = now.Add(due), now.Round(0).Add(due)
-	}
-	return v, nil
+	return time.Duration(info.Uptime) * time.Second, nil
 }
