@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -291,9 +292,9 @@ func (p *Pod) Dial(ctx context.Context, network, address string) (net.Conn, erro
 
 // Ping sends one ICMP echo request and waits for the reply until ctx is done, a second at most.
 func (p *Pod) Ping(ctx context.Context, ip string) error {
-	network, request := "ip4:icmp", byte(8)
+	network, request, reply := "ip4:icmp", byte(8), byte(0)
 	if strings.Contains(ip, ":") {
-		network, request = "ip6:ipv6-icmp", 128
+		network, request, reply = "ip6:ipv6-icmp", 128, 129
 	}
 	c, err := p.Dial(ctx, network, ip)
 	if err != nil {
@@ -315,8 +316,20 @@ func (p *Pod) Ping(ctx context.Context, ip string) error {
 	if err := c.SetReadDeadline(deadline); err != nil {
 		return err
 	}
-	_, err = c.Read(make([]byte, 256))
-	return err
+	for buf := make([]byte, 256); ; {
+		n, err := c.Read(buf)
+		if err != nil {
+			return err
+		}
+		got := buf[:n]
+		if request == 8 && n > 0 { // IPv4's raw sockets show the IP header
+			got = got[min(n, int(got[0]&15)*4):]
+		}
+		// Before it was connected, the socket took whatever ICMP came from anywhere.
+		if len(got) >= 8 && got[0] == reply && bytes.Equal(got[4:8], packet[4:8]) {
+			return nil
+		}
+	}
 }
 
 // HTTP is a client inside the pod: it follows no redirect, adds no header and keeps connections.
