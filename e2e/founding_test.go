@@ -39,8 +39,43 @@ func TestLabWebIdentity(t *testing.T) {
 			t.Errorf("the node's own role was used: %+v", c)
 		}
 	}
-	if line, err := d.Log().Wait(labtest.Context(t), role, "cart"); err != nil || strings.Contains(line, "SecretAccessKey") {
-		t.Errorf("no audit line of the session, or too much in it: %v %s", err, line)
+	keepsSecrets(t, d, with, role)
+}
+
+// keepsSecrets checks that the daemon tells of a pod's session what an auditor needs, and nobody its secrets.
+func keepsSecrets(t *testing.T, d *lab.Daemon, p *lab.Pod, role string) {
+	t.Helper()
+	ctx := labtest.Context(t)
+	_, doc, err := credentials(ctx, p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	line, err := d.Log().Wait(ctx, "session issued", doc.AccessKeyId)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{p.Namespace, p.ServiceAccount, role, p.Namespace + "." + p.ServiceAccount + "@" + d.Node.Name, "expires", "sts_request_id"} {
+		if !strings.Contains(line, want) {
+			t.Errorf("the audit line does not hold %s: %s", want, line)
+		}
+	}
+	metrics, err := d.Ops(ctx, "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	told := map[string]string{"log": d.Log().String(), "metrics": metrics}
+	for _, path := range []string{"/", "/debug/pods"} {
+		if told[path], err = d.Debug(ctx, path); err != nil {
+			t.Errorf("debug %s: %v", path, err)
+		}
+	}
+	for where, text := range told {
+		if strings.Contains(text, doc.SecretAccessKey) || strings.Contains(text, doc.Token) {
+			t.Errorf("%s holds a secret", where)
+		}
+	}
+	if !strings.Contains(told["/debug/pods"], p.Name) {
+		t.Errorf("/debug/pods does not know %s: %s", p.Name, told["/debug/pods"])
 	}
 }
 

@@ -167,7 +167,13 @@ func (d *Daemon) WaitReady(ctx context.Context) error {
 
 // Ops asks the ops listener; an answer other than 200 is an error.
 func (d *Daemon) Ops(ctx context.Context, path string) (string, error) {
-	port := cmp.Or(d.Options.OpsPort, 9181)
+	return d.get(ctx, cmp.Or(d.Options.OpsPort, 9181), path)
+}
+
+// Debug asks the debug listener.
+func (d *Daemon) Debug(ctx context.Context, path string) (string, error) { return d.get(ctx, 9182, path) }
+
+func (d *Daemon) get(ctx context.Context, port int, path string) (string, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d%s", port, path), nil)
 	if err != nil {
 		return "", err

@@ -8,6 +8,7 @@ import (
 	"os"
 	"runtime"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -95,6 +96,11 @@ func Launch(t testing.TB, n *lab.Node, o lab.DaemonOptions) *lab.Daemon {
 	}
 	t.Cleanup(func() {
 		d.Kill()
+		for _, bad := range []string{"panic:", "DATA RACE", "fatal error:"} {
+			if strings.Contains(d.Log().String(), bad) {
+				t.Errorf("the daemon wrote %q", bad)
+			}
+		}
 		if t.Failed() {
 			t.Logf("the daemon with %v wrote:\n%s", o.Flags, d.Log().Tail(60))
 		}
