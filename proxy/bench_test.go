@@ -88,7 +88,7 @@ func parsed(t testing.TB, text string) *http.Request {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx := withPeer(context.Background(), newFed(nil, 1))
+	ctx := withPeer(t.Context(), newFed(nil, 1))
 	return r.WithContext(ctx)
 }
 

@@ -331,8 +331,8 @@ func newLab(t testing.TB, change ...func(*Options)) *lab {
 	}
 	ln := listen(t)
 	l.addr = ln.Addr().String()
-	ctx, cancel := context.WithCancel(context.Background())
-	serveCtx, stop := context.WithCancel(context.Background())
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	serveCtx, stop := context.WithCancel(context.WithoutCancel(t.Context()))
 	l.stop = stop
 	var wg sync.WaitGroup
 	wg.Go(func() { _ = l.cache.Run(ctx) })
