@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -226,7 +227,7 @@ func (o ruleOp) apply(f family) error {
 	return fmt.Errorf("ip rule %s (%s): %w", o, f.String(), err)
 }
 
-// encodeRule starts with struct fib_rule_hdr, which has the layout of struct rtmsg.
+// encodeRule writes a rule of the guard: struct fib_rule_hdr, which has the layout of struct rtmsg, and attributes.
 func encodeRule(f family, r ipRule) []nl.NetlinkRequestData {
 	u32 := func(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }
 	h := &nl.RtMsg{RtMsg: unix.RtMsg{Family: f.af(), Type: r.action}}
@@ -235,7 +236,7 @@ func encodeRule(f family, r ipRule) []nl.NetlinkRequestData {
 		nl.NewRtAttr(nl.FRA_PROTOCOL, []byte{r.protocol}),
 	}
 	if r.dst.IsValid() {
-		h.Dst_len = uint8(r.dst.Bits()) // at most 128
+		h.Dst_len = pick[uint8](f, 32, 128)
 		data = append(data, nl.NewRtAttr(nl.FRA_DST, r.dst.Addr().AsSlice()))
 	}
 	if r.iif != "" {
@@ -247,13 +248,21 @@ func encodeRule(f family, r ipRule) []nl.NetlinkRequestData {
 	return data
 }
 
+// attributes parses netlink attributes. The kernel pads each of them; without padding nl would read beyond the end.
+func attributes(b []byte) ([]syscall.NetlinkRouteAttr, error) {
+	if len(b)%unix.NLA_ALIGNTO != 0 {
+		return nil, errors.New("attributes without padding")
+	}
+	return nl.ParseRouteAttr(b)
+}
+
 // decodeRule reads a rule with its action, which netlink.RuleList leaves out.
 func decodeRule(msg []byte) (ipRule, error) {
 	if len(msg) < unix.SizeofRtMsg {
 		return ipRule{}, errors.New("short message")
 	}
 	h := nl.DeserializeRtMsg(msg)
-	attrs, err := nl.ParseRouteAttr(msg[unix.SizeofRtMsg:])
+	attrs, err := attributes(msg[unix.SizeofRtMsg:])
 	if err != nil {
 		return ipRule{}, err
 	}

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -205,6 +206,7 @@ func FuzzDecodeRule(f *testing.F) {
 			_ = r.String()
 			_ = r.ours(ipv4)
 		}
+		_ = aboutUs(syscall.NetlinkMessage{Header: syscall.NlMsghdr{Type: unix.NFT_MSG_NEWRULE}, Data: msg})
 	})
 }
 

@@ -784,6 +784,16 @@ func TestKernelLockHeld(t *testing.T) {
 		must(t, unix.Flock(int(lock.Fd()), unix.LOCK_UN))
 		must(t, <-done)
 		l.refused("after the lock", "gate:8254")
+		// The commit waits too, not the listing before it alone.
+		must(t, unix.Flock(int(lock.Fd()), unix.LOCK_EX))
+		go func() { done <- r.backends[ipv4].restore(t.Context(), r.want[ipv4].tables()[1].restore(listing{})) }()
+		select {
+		case err := <-done:
+			t.Fatalf("iptables-restore did not wait for the lock: %v", err)
+		case <-time.After(300 * time.Millisecond):
+		}
+		must(t, unix.Flock(int(lock.Fd()), unix.LOCK_UN))
+		must(t, <-done)
 		// A repair that waits does not hold up the guard's, nor the end of Run.
 		must(t, unix.Flock(int(lock.Fd()), unix.LOCK_EX))
 		stop := start(t, r)
@@ -861,6 +871,19 @@ func TestKernelErrorsNameTheFix(t *testing.T) {
 		l.refused("after a failure", "")
 		if err := r.EnsureRedirect(t.Context(), []netip.AddrPort{netip.MustParseAddrPort("10.0.0.77:8254")}); err == nil || !strings.Contains(err.Error(), "-host-ip") {
 			t.Errorf("a target that is not the node's: %v", err)
+		}
+		// It fails at the last step: it is not the owner, and repairs nothing that the owner may have put back.
+		dir := t.TempDir()
+		must(t, os.Mkdir(filepath.Join(dir, generationFile+".new"), 0o700))
+		r = newRules(t, "nft", Options{Guard: true, StateDir: dir})
+		must(t, r.EnsureGuard(t.Context()))
+		if err := r.EnsureRedirect(t.Context(), targets); err == nil {
+			t.Error("EnsureRedirect without ownership")
+		}
+		run(t, "iptables-nft -t nat -F IMDSGATE")
+		r.verifyRedirect(t.Context())
+		if text := run(t, "iptables-nft -t nat -S IMDSGATE"); strings.Contains(text, "DNAT") {
+			t.Errorf("repaired without ownership: %s", text)
 		}
 		for _, kind := range kinds {
 			r := newRules(t, kind, Options{Guard: true})

@@ -84,7 +84,7 @@ func aboutUs(m syscall.NetlinkMessage) bool {
 	if len(m.Data) < nl.SizeofNfgenmsg {
 		return true
 	}
-	attrs, err := nl.ParseRouteAttr(m.Data[nl.SizeofNfgenmsg:])
+	attrs, err := attributes(m.Data[nl.SizeofNfgenmsg:])
 	if err != nil {
 		return true
 	}
