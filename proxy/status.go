@@ -79,7 +79,12 @@ func status(err error) (code int, reason, text string) {
 		if i.Denied {
 			return http.StatusForbidden, reasonCredentials, publicText(i.Error())
 		}
-		return http.StatusServiceUnavailable, reasonUnavailable, publicText(i.Error())
+		// What failed on the way to STS is the operator's to know, addresses and all; STS's own code is no secret.
+		text := "no credentials available yet, ask again; the log of this node's imdsgate says why"
+		if i.Code != "" {
+			text = "no credentials available yet, STS answered " + i.Code + ", ask again"
+		}
+		return http.StatusServiceUnavailable, reasonUnavailable, publicText(text)
 	}
 	code = http.StatusServiceUnavailable
 	switch {
