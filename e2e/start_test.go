@@ -145,11 +145,12 @@ func TestLabCannotStart(t *testing.T) {
 				if _, err := waitLog(ctx, d, c.says...); err != nil {
 					t.Error(err)
 				}
+				eventually(t, func() error { // it has just been started
+					_, err := d.Ops(ctx, "/healthz")
+					return err
+				})
 				if _, err := d.Ops(ctx, "/readyz"); err == nil || !strings.Contains(err.Error(), "503") {
 					t.Errorf("/readyz says %v, want 503", err)
-				}
-				if _, err := d.Ops(ctx, "/healthz"); err != nil {
-					t.Errorf("it counts as dead: %v", err)
 				}
 			} else {
 				ctx, cancel := context.WithTimeout(ctx, 20*time.Second)

@@ -245,12 +245,15 @@ func TestLabAskedForComesFirst(t *testing.T) {
 	labtest.Daemon(t, n, "-issuer", "web-identity", "-sts-rate", "10")
 	for i, p := range pods[:asking] {
 		start := time.Now()
-		_, doc, err := credentials(ctx, p)
-		if err == nil {
-			err = owned(n, doc, roles[i])
-		}
-		if err != nil {
-			t.Errorf("after %v: %v", time.Since(start), err)
+		eventually(t, func() error { // one 503 with Retry-After is a busy machine's right
+			_, doc, err := credentials(ctx, p)
+			if err == nil {
+				err = owned(n, doc, roles[i])
+			}
+			return err
+		})
+		if elapsed := time.Since(start); elapsed > 2*time.Second {
+			t.Errorf("an asked-for session took %v", elapsed)
 		}
 	}
 	if calls := len(issued(n)); calls > keys/2 {

@@ -171,7 +171,9 @@ func (d *Daemon) Ops(ctx context.Context, path string) (string, error) {
 }
 
 // Debug asks the debug listener.
-func (d *Daemon) Debug(ctx context.Context, path string) (string, error) { return d.get(ctx, 9182, path) }
+func (d *Daemon) Debug(ctx context.Context, path string) (string, error) {
+	return d.get(ctx, 9182, path)
+}
 
 func (d *Daemon) get(ctx context.Context, port int, path string) (string, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d%s", port, path), nil)
