@@ -184,6 +184,11 @@ func start(t *testing.T, change func(*Options), live map[Key]bool) *rig {
 	return r
 }
 
+// answering makes the issuer answer so from the first call on, which may come before start returns.
+func answering(respond func(ctx context.Context, key Key, nth int) error) func(*Options) {
+	return func(o *Options) { o.Issuer.(*fakeSTS).set(respond) }
+}
+
 func (r *rig) get(key Key, wait time.Duration) (*Credentials, error) {
 	ctx, cancel := context.WithTimeout(r.t.Context(), wait)
 	defer cancel()
@@ -336,8 +341,7 @@ func TestUnequalKeysShareNothing(t *testing.T) {
 func TestSingleFlight(t *testing.T) {
 	for _, live := range []map[Key]bool{nil, {testKey(1): false}, {testKey(1): true}} {
 		synctest.Test(t, func(t *testing.T) {
-			r := start(t, nil, live)
-			r.sts.set(after(200*time.Millisecond, nil))
+			r := start(t, answering(after(200*time.Millisecond, nil)), live)
 			var wg sync.WaitGroup
 			for range 100 {
 				wg.Go(func() {
@@ -359,8 +363,7 @@ func TestSingleFlight(t *testing.T) {
 
 func TestWaitersHaveTheirOwnDeadlines(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := start(t, nil, map[Key]bool{testKey(1): true})
-		r.sts.set(after(time.Second, nil))
+		r := start(t, answering(after(time.Second, nil)), map[Key]bool{testKey(1): true})
 		began := time.Now()
 		var wg sync.WaitGroup
 		for _, tt := range []struct{ wait, want time.Duration }{
@@ -402,16 +405,15 @@ func TestLeavingDoesNotCancel(t *testing.T) {
 func TestIssueTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		key := testKey(1)
-		r := start(t, nil, map[Key]bool{key: true})
 		var hung time.Duration
-		r.sts.set(func(ctx context.Context, key Key, nth int) error {
+		r := start(t, answering(func(ctx context.Context, key Key, nth int) error {
 			began := time.Now()
 			if nth > 0 {
 				return nil
 			}
 			defer func() { hung = time.Since(began) }()
 			return hang(ctx, key, nth)
-		})
+		}), map[Key]bool{key: true})
 		if _, err := r.get(key, 5*time.Second); !errors.Is(err, ErrUnavailable) {
 			t.Errorf("Get: %v, want ErrUnavailable", err)
 		}
@@ -522,8 +524,7 @@ func TestRefreshLeavesTwentyMinutes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		key := testKey(1)
 		key.Duration = 45 * time.Minute // the shortest that -session-duration takes
-		r := start(t, nil, map[Key]bool{key: true})
-		r.sts.set(after(2*time.Second, nil))
+		r := start(t, answering(after(2*time.Second, nil)), map[Key]bool{key: true})
 		r.mustGet(key, 3*time.Second)
 		for range 2 * 24 * 60 {
 			time.Sleep(30 * time.Second)
@@ -718,8 +719,7 @@ func TestAskedKeyComesFirst(t *testing.T) {
 		}
 		lazy := testKey(500)
 		live[lazy] = false
-		r := start(t, nil, live)
-		r.sts.set(after(50*time.Millisecond, nil))
+		r := start(t, answering(after(50*time.Millisecond, nil)), live)
 		synctest.Wait()
 		before := len(r.sts.issued())
 		asked := testKey(0)
@@ -989,13 +989,15 @@ func TestLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var out bytes.Buffer
 		key := testKey(1)
-		r := start(t, func(o *Options) { o.Log = slog.New(slog.NewJSONHandler(&out, nil)) }, map[Key]bool{key: true})
-		r.sts.set(func(_ context.Context, _ Key, nth int) error {
-			if nth == 0 {
-				return denied()
-			}
-			return nil
-		})
+		r := start(t, func(o *Options) {
+			o.Log = slog.New(slog.NewJSONHandler(&out, nil))
+			answering(func(_ context.Context, _ Key, nth int) error {
+				if nth == 0 {
+					return denied()
+				}
+				return nil
+			})(o)
+		}, map[Key]bool{key: true})
 		c := r.mustGet(key, 2*time.Second)
 		synctest.Wait()
 		var lines []map[string]any

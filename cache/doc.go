@@ -22,10 +22,11 @@
 //  8. A value ends by the monotonic or by the wall clock, whichever is earlier. TestBothClocks, TestWallClockJump, TestClockAhead.
 //  9. No secret is reachable through fmt, slog, encoding/json or a metric. TestRedaction.
 //  10. What an earlier run kept is served for exactly its key, once that is live or asked for, until its session ends by any
-//     clock, and is refreshed when it would have been. A restart calls no issuer for it. Neither a file nor a value outlives its
-//     session or, once known, its last pod. No file and no disk can fail or delay an issue. TestRestart, TestRestarts,
+//     clock, and is refreshed when it would have been: a restart calls no issuer. Neither a file nor a value outlives its session
+//     or, once that was known, its last pod. No file and no disk can fail or delay an issue. TestRestart, TestRestarts,
 //     TestRestoredOfNobody, TestEvictionRemovesFile, TestUnusableFiles, TestUnusableDirectory, TestForeignOwner,
-//     TestFailingDirectory, TestClocksAcrossRestart, TestFileNameHoldsEveryField, TestTwoInstances, FuzzRestore.
+//     TestFailingDirectory, TestFailingFile, TestKeptAtTheEnd, TestClocksAcrossRestart, TestFileNameHoldsEveryField,
+//     TestTwoInstances, FuzzRestore.
 //
 // An [Issuer] that panics fails that one issue: TestPanicDoesNotWedge.
 package cache

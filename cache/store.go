@@ -94,8 +94,8 @@ func (s *store) restore(now time.Time, encode func(Credentials) []byte) (map[Key
 	return values, err
 }
 
-// sync makes the directory hold the values of want and nothing that has ended. An error is the disk's and returned once a minute:
-// the values that it does not concern are kept all the same, the others are tried again then.
+// sync makes the directory hold the values of want and nothing that has ended. It tries everything and returns one error, the
+// disk's; then it tries again a minute later.
 func (s *store) sync(want map[Key]*value, now time.Time) error {
 	for key := range s.written {
 		if want[key] == nil {

@@ -2,6 +2,7 @@ package cache
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -388,6 +389,64 @@ func TestFailingDirectory(t *testing.T) {
 	})
 }
 
+// What fails for one key fails for no other, and leaves nothing behind.
+func TestFailingFile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := filepath.Join(t.TempDir(), "c")
+		r := kept(t, dir, nil)
+		synctest.Wait()
+		inTheWay := filepath.Join(dir, fileName(testKey(0)), "full")
+		if err := os.MkdirAll(inTheWay, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		r.live.set(keys(10))
+		r.Wake()
+		time.Sleep(pause + resync)
+		synctest.Wait()
+		if n := len(files(t, dir)); n != 10 {
+			t.Errorf("files %v, want 9 and the directory", files(t, dir))
+		}
+		if err := os.RemoveAll(filepath.Dir(inTheWay)); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(pause + resync)
+		synctest.Wait()
+		if info, err := os.Stat(filepath.Dir(inTheWay)); err != nil || !info.Mode().IsRegular() {
+			t.Errorf("not written once it could be: %v", err)
+		}
+	})
+}
+
+// A session that was issued while Run ended is kept too; one that was restored is not written anew.
+func TestKeptAtTheEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := filepath.Join(t.TempDir(), "c")
+		key := testKey(1)
+		release := make(chan struct{})
+		r := start(t, func(o *Options) {
+			o.Dir = dir
+			answering(func(context.Context, Key, int) error { <-release; return nil })(o)
+		}, map[Key]bool{key: true})
+		synctest.Wait()
+		go func() {
+			time.Sleep(time.Second)
+			close(release)
+		}()
+		r.stop()
+		path := filepath.Join(dir, fileName(key))
+		before, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		again := kept(t, dir, map[Key]bool{key: true})
+		time.Sleep(20 * time.Minute)
+		synctest.Wait()
+		if info, err := os.Stat(path); err != nil || !os.SameFile(before, info) || len(again.sts.issued()) != 0 {
+			t.Errorf("the file was replaced without a new session: %v", err)
+		}
+	})
+}
+
 // Two runs may be hours apart, and the wall clock may have been set meanwhile.
 func TestClocksAcrossRestart(t *testing.T) {
 	const hour, min = time.Hour, time.Minute
@@ -406,6 +465,7 @@ func TestClocksAcrossRestart(t *testing.T) {
 		{"set ahead beyond the end", 2 * min, 2 * hour, hour, 0, true},
 		{"set back", 40 * min, 10 * min, hour, 19 * min, true},
 		{"set back, at the end", 59 * min, 10 * min, hour, 0, true},
+		{"shorter than the last minute", 0, 0, margin, 0, true},
 		{"set back before the issue, a little", 40 * min, -30 * time.Second, hour, 19 * min, true},
 		{"set back, duration not known", 40 * min, 10 * min, 0, 19 * min, true},
 		{"duration not known", 0, 40 * min, 0, 19 * min, true},
