@@ -204,6 +204,10 @@ func serve(ctx context.Context, c *Config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
+	// It is in place; this also learns who owns the rules now, and so when somebody else takes over.
+	if err := d.rules.EnsureGuard(ctx); err != nil {
+		return err
+	}
 	listeners, second, err := listen(ctx, c.HostIPs, c.Port)
 	if err != nil {
 		return err
@@ -238,7 +242,8 @@ func serve(ctx context.Context, c *Config, log *slog.Logger) error {
 
 	task(rest, "watch the pods", d.pods.Run)
 	task(rest, "issue credentials", d.cache.Run)
-	task(rest, "keep the rules", d.keepRules(listeners, second))
+	task(rest, "keep the rules", d.rules.Run)
+	task(rest, "redirect", d.sendPodsHere(listeners, second))
 	task(rest, "check the node's name", d.untilDone("the node's name may be wrong", d.pods.NodeExists))
 	if c.StartupTaint != "" {
 		task(rest, "remove the startup taint", d.untilDone("the startup taint stays", d.removeTaint))
@@ -293,32 +298,27 @@ func (d *daemon) removeTaint(ctx context.Context) error {
 	return nil
 }
 
-// keepRules returns the task that sends pods here and keeps it so. A second instance on the node (an update) waits until it
+// sendPodsHere returns the task that redirects pods to the listeners. A second instance on the node (an update) waits until it
 // could answer before it takes over from the first: until then no request is refused.
-func (d *daemon) keepRules(listeners []net.Listener, second bool) func(context.Context) error {
+func (d *daemon) sendPodsHere(listeners []net.Listener, second bool) func(context.Context) error {
 	return func(ctx context.Context) error {
-		// It is in place; this also learns who owns the rules now, and so when somebody else takes over.
-		if err := d.rules.EnsureGuard(ctx); err != nil {
-			return err
-		}
-		if d.config.Redirect == "none" {
-			close(d.redirected)
-			return d.rules.Run(ctx)
-		}
-		if second {
-			if err := d.pods.WaitSynced(ctx); err != nil {
+		if d.config.Redirect != "none" {
+			if second {
+				if err := d.pods.WaitSynced(ctx); err != nil {
+					return err
+				}
+			}
+			var to []netip.AddrPort
+			for _, l := range listeners {
+				to = append(to, l.Addr().(*net.TCPAddr).AddrPort())
+			}
+			if err := d.rules.EnsureRedirect(ctx, to); err != nil {
 				return err
 			}
 		}
-		var to []netip.AddrPort
-		for _, l := range listeners {
-			to = append(to, l.Addr().(*net.TCPAddr).AddrPort())
-		}
-		if err := d.rules.EnsureRedirect(ctx, to); err != nil {
-			return err
-		}
 		close(d.redirected)
-		return d.rules.Run(ctx)
+		<-ctx.Done()
+		return nil
 	}
 }
 
