@@ -106,6 +106,23 @@ func clientOf(t *testing.T, n *lab.Node, token string) kubernetes.Interface {
 	return client
 }
 
+// kubeconfigOf is a file for a daemon on the node, with the token.
+func kubeconfigOf(t *testing.T, n *lab.Node, token string) string {
+	t.Helper()
+	config, err := clientcmd.LoadFromFile(n.Kubeconfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, user := range config.AuthInfos {
+		user.Token, user.TokenFile = token, ""
+	}
+	path := filepath.Join(t.TempDir(), "kubeconfig")
+	if err := clientcmd.WriteToFile(*config, path); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
 // inForce waits until a new policy denies what it must: the API server learns of it by a watch of its own.
 func inForce(t *testing.T, policy string, forbidden func() error) {
 	t.Helper()
@@ -262,17 +279,7 @@ func testNodes(t *testing.T, own, other *lab.Node, daemon kubernetes.Interface) 
 // its pods get their roles.
 func testDaemon(t *testing.T, n *lab.Node, token string, all objects) {
 	ctx := labtest.Context(t)
-	config, err := clientcmd.LoadFromFile(n.Kubeconfig())
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, user := range config.AuthInfos {
-		user.Token, user.TokenFile = token, ""
-	}
-	kubeconfig := filepath.Join(t.TempDir(), "kubeconfig")
-	if err := clientcmd.WriteToFile(*config, kubeconfig); err != nil {
-		t.Fatal(err)
-	}
+	kubeconfig := kubeconfigOf(t, n, token)
 	container := get[appsv1.DaemonSet](t, all, "DaemonSet").Spec.Template.Spec.Containers[0]
 	env := environment(container)
 	var ips []string
@@ -331,5 +338,67 @@ func testDaemon(t *testing.T, n *lab.Node, token string, all objects) {
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
 		t.Errorf("the pod's credentials: %s\n%s", resp.Status, d.Log().Tail(20))
+	}
+}
+
+// Mode cleanup: the init container takes the rules away; the container that then says Ready brings none back, although it may do
+// nothing at the API server, and asks AWS for nothing.
+func TestCleanupMode(t *testing.T) {
+	ctx := labtest.Context(t)
+	n := labtest.Node(t, shared, lab.NodeOptions{})
+	rules := func() string {
+		t.Helper()
+		var all strings.Builder
+		for _, command := range [][]string{{"ip", "-4", "rule"}, {"ip", "-6", "rule"}, {"iptables", "-S"}, {"iptables", "-t", "nat", "-S"}, {"ip6tables", "-S"}, {"ip6tables", "-t", "nat", "-S"}} {
+			out, err := n.Run(ctx, command[0], command[1:]...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			all.WriteString(out)
+		}
+		return all.String()
+	}
+	before := rules()
+	d := labtest.Daemon(t, n)
+	if rules() == before {
+		t.Fatal("the daemon installs nothing")
+	}
+	d.Kill()
+
+	_, all := template(t, releaseNamespace, "--set", "mode=cleanup")
+	pod := get[appsv1.DaemonSet](t, all, "DaemonSet").Spec.Template.Spec
+	code, out, err := n.RunDaemon(ctx, lab.DaemonOptions{Bare: true, Flags: pod.InitContainers[0].Args})
+	if err != nil || code != 0 {
+		t.Fatalf("%v: code %d, %v\n%s", pod.InitContainers[0].Args, code, err, out)
+	}
+	if diff := cmp.Diff(before, rules()); diff != "" {
+		t.Errorf("rules (-before +after):\n%s", diff)
+	}
+
+	ns, calls := shared.Unique("powerless"), len(n.AWS.Calls())
+	if err := shared.ServiceAccount(ctx, ns, "imdsgate", nil); err != nil {
+		t.Fatal(err)
+	}
+	answer, err := shared.Kube.CoreV1().ServiceAccounts(ns).CreateToken(ctx, "imdsgate", &authenticationv1.TokenRequest{}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	env := environment(pod.Containers[0])
+	idle := labtest.Launch(t, n, lab.DaemonOptions{
+		Bare: true, Env: []string{"NODE_NAME=" + n.Name, "AWS_REGION=" + env["AWS_REGION"]},
+		Flags: append(slices.Clone(pod.Containers[0].Args), "-kubeconfig", kubeconfigOf(t, n, answer.Status.Token)),
+		Wrap:  []string{"setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"},
+	})
+	if _, err := idle.Log().Wait(ctx, "forbidden"); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(before, rules()); diff != "" {
+		t.Errorf("the waiting container changes rules (-before +after):\n%s", diff)
+	}
+	if got := n.AWS.Calls(); len(got) != calls {
+		t.Errorf("the waiting container asks AWS: %v", got[calls:])
+	}
+	if err := idle.Stop(ctx); err != nil {
+		t.Error(err)
 	}
 }
