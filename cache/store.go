@@ -15,12 +15,12 @@ import (
 )
 
 const (
-	storeVersion = 1
+	storeVersion = 1              // an instance removes the files of others: that costs STS calls, once
 	storeSuffix  = ".json"        // of every file but those that are being written
 	maxFiles     = 4096           // looked at in one go: many times the pods of a node
 	maxFileLen   = 64 << 10       // bytes of one; session tokens are a few kilobytes
 	maxSession   = 48 * time.Hour // STS issues 12 h at most; the rest is for clocks that disagree
-	maxSkew      = time.Minute    // how far in the future a file may have been written
+	maxSkew      = margin         // how far in the future a file may have been written
 	// sweepEvery is how often files that have ended are looked for. Run lets pass up to resync more: less than the margin, so no
 	// file outlives its session.
 	sweepEvery = resync
@@ -263,9 +263,6 @@ func decode(name string, b []byte, now time.Time, up time.Duration, encode func(
 	c.RequestID = d.RequestID
 	if d.Key.Duration > 0 {
 		life = min(life, d.Key.Duration)
-	}
-	if life-age <= margin {
-		return Key{}, nil, errEnded
 	}
 	v, err := newValue(c, life, age, now, encode)
 	if err != nil {

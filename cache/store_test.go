@@ -271,7 +271,8 @@ func TestUnusableFiles(t *testing.T) {
 		"last minute": {changed(func(d *stored) {
 			d.Issued, d.Expires = d.Issued.Add(-time.Hour+margin), d.Expires.Add(-time.Hour+margin)
 		}), ""},
-		"ages ago": {changed(func(d *stored) { d.Issued, d.Expires = time.Time{}, time.Time{}.Add(time.Hour) }), ""},
+		"expired before it began": {changed(func(d *stored) { d.Issued, d.Expires = d.Issued.Add(maxSkew), d.Issued.Add(-time.Hour) }), ""},
+		"ages ago":                {changed(func(d *stored) { d.Issued, d.Expires = time.Time{}, time.Time{}.Add(time.Hour) }), ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := filepath.Join(t.TempDir(), "c")
@@ -385,6 +386,30 @@ func TestFailingDirectory(t *testing.T) {
 		synctest.Wait()
 		if n := len(files(t, dir)); n != len(live) {
 			t.Errorf("%d files, want %d", n, len(live))
+		}
+		// What has ended by the time the disk works is not written.
+		if err := os.RemoveAll(dir); err != nil {
+			t.Fatal(err)
+		}
+		late := testKey(99)
+		r.sts.set(func(_ context.Context, _ Key, nth int) error {
+			if nth > 0 {
+				return errDown
+			}
+			return nil
+		})
+		r.live.set(map[Key]bool{late: true})
+		r.mustGet(late, time.Second)
+		time.Sleep(late.Duration)
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		for range 20 {
+			time.Sleep((pause + resync) / 20)
+			synctest.Wait()
+			if names := files(t, dir); len(names) != 0 {
+				t.Fatalf("files of ended sessions: %v", names)
+			}
 		}
 	})
 }
