@@ -85,10 +85,12 @@ func (o *owner) take() error {
 	if err := os.WriteFile(path+".new", strconv.AppendUint(nil, n, 10), 0o600); err != nil {
 		return fmt.Errorf("take over the rules: %w", err)
 	}
+	// Known before it can be read: check, which holds no lock, would take it for another instance's.
+	before := o.generation.Swap(n)
 	if err := os.Rename(path+".new", path); err != nil {
+		o.generation.Store(before)
 		return fmt.Errorf("take over the rules: %w", err)
 	}
-	o.generation.Store(n)
 	return nil
 }
 
