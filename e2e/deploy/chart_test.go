@@ -315,3 +315,37 @@ func normal(v any) string {
 	}
 	return ""
 }
+
+// The notes say what an uninstall leaves, and how to open the nodes first.
+func TestNotes(t *testing.T) {
+	for mode, want := range map[string][]string{
+		"run":     {"helm uninstall leaves the nodes closed", "--set mode=cleanup", "rollout status daemonset/imdsgate", "/imdsgate -check"},
+		"cleanup": {"rollout status daemonset/imdsgate", "helm -n kube-system uninstall imdsgate", "reaches the node's own role"},
+	} {
+		out, stderr, err := helm(t, append([]string{"install", "imdsgate", chartDir, "-n", "kube-system", "--dry-run=client", "--set", "mode=" + mode}, image...)...)
+		if err != nil {
+			t.Fatal(stderr)
+		}
+		_, notes, _ := strings.Cut(out, "NOTES:")
+		for _, text := range want {
+			if !strings.Contains(notes, text) {
+				t.Errorf("the notes of mode %s do not say %q:\n%s", mode, text, notes)
+			}
+		}
+	}
+}
+
+// What the ServiceMonitor finds is the port of flags.ops-addr, also of pods that are not ready.
+func TestServiceMonitor(t *testing.T) {
+	_, all := template(t, "kube-system", "--set", "metrics.serviceMonitor.enabled=true", "--set", "flags.ops-addr=:9555")
+	s := get[corev1.Service](t, all, "Service")
+	if p := s.Spec.Ports[0]; len(s.Spec.Ports) != 1 || p.Port != 9555 || p.TargetPort.IntValue() != 9555 || s.Spec.ClusterIP != "None" || !s.Spec.PublishNotReadyAddresses {
+		t.Errorf("the Service is %+v", s.Spec)
+	}
+	pod := get[appsv1.DaemonSet](t, all, "DaemonSet").Spec.Template.Labels
+	for key, value := range s.Spec.Selector {
+		if pod[key] != value {
+			t.Errorf("the Service selects %s=%s, which the pods have not", key, value)
+		}
+	}
+}
