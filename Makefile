@@ -56,7 +56,7 @@ test-minio: deps ## once with a server nobody here wrote: MinIO as STS and S3 (b
 
 bench: ## benchmarks; ratios against a bare net/http responder in the same run
 	go test -run '^$$' -bench . -benchmem ./proxy/ ./proxy/pods/ ./cache/
-	e2e/bench/ratio.sh
+	go test -run '^$$' -bench CPURatio -benchtime 1x ./cmd/imdsgate
 
 fuzz: ## ten minutes of coverage-guided fuzzing, shared among the targets
 	.ci/fuzz 600
