@@ -6,14 +6,16 @@
 #   node-up I, node-down I  a boot, and a power cut. I is 1 to 9
 #   k ARGS...               kubectl
 #   in cp|nodeI CMD...      any command in the control plane's network or in a node
-#   load FILE...            imports images (docker-archives) into every node that is up
+#   daemon                  builds the image of imdsgate from this checkout, test.local/imdsgate:dev, and loads it
+#   load [FILE...]          imports images (docker-archives) into every node that is up; without files those that changed
 #   status                  what is up; exit 1 when nothing is
 #   deps, images            only installs what is missing, only builds the images
 #
 # Options, by environment; a node keeps those of its first boot:
 #   CNI=bridge|ptp  PROXY_MODE=iptables|nftables  SNAPSHOTTER=overlayfs|native  DUAL_STACK=1  MASQUERADE=true
 #   TAINTS=key=value:NoSchedule,...  what the kubelet registers a new Node with
-#   BOOT=FILE                        a script that runs in the node at every boot, before anything of Kubernetes
+#   BOOT=FILE                        a script that runs in the node at every boot, before anything of Kubernetes; of a
+#                                    systemd unit (*.service) its ExecStart lines
 #   IMAGES="FILE..."                 images in place of all that are in the cache
 #   CLUSTER=imdsgate-cluster         name, which makes it another cluster beside one that is up
 #
@@ -49,13 +51,16 @@ up() {
   for i in $(seq "$n"); do node_start "$i" & starts+=($!); done
   for i in "${starts[@]}"; do wait "$i" || die "not every node came up"; done
   for i in $(seq "$n"); do node_ready "$i"; done
+  load
   echo "cluster: $n nodes Ready after $((SECONDS - t)) s"
   echo "cluster: KUBECONFIG=$RUN/kubeconfig   (or: $here/cluster.sh k get pods -A)"
 }
 
 down() {
   local i t=$SECONDS
-  for i in 1 2 3 4 5 6 7 8 9; do node_stop "$i"; done
+  local stops=()
+  for i in 1 2 3 4 5 6 7 8 9; do [ ! -d "$RUN/node$i" ] || { node_stop "$i" & stops+=($!); }; done
+  [ ${#stops[@]} = 0 ] || wait "${stops[@]}"
   cp_down
   leftovers
   rm -rf "$RUN"
@@ -69,6 +74,7 @@ main() {
     node-up) index "$2"; alive "$DATA/kube-apiserver" || die "there is no cluster: $0 up"; node_start "$2"; node_ready "$2" ;;
     node-down) index "$2"; node_stop "$2" ;;
     load) shift; load "$@" ;;
+    daemon) daemon; load ;;
     deps) deps ;;
     images) deps; binaries kubectl; images ;;
     *) usage; exit 2 ;;

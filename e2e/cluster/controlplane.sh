@@ -79,14 +79,21 @@ cp_up() {
     --leader-elect=false --bind-address=127.0.0.1 --profiling=false --v=1
   cp_run kube-scheduler --kubeconfig="$ks" --authentication-kubeconfig="$ks" --authorization-kubeconfig="$ks" \
     --leader-elect=false --bind-address=127.0.0.1 --profiling=false --v=1
-  # Anybody may read the keys that sign service account tokens, as at the public OIDC endpoint of a real cluster; and every
-  # process that should trust AWS finds its authority in one place of every namespace that asks for it.
+  # Anybody may read the keys that sign service account tokens, as at the public OIDC endpoint of a real cluster. The
+  # daemon trusts the lab's AWS by the ConfigMap (values.yaml); pods' images hold its authority.
   kubectl apply -f - >/dev/null <<K
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
 metadata: {name: public-service-account-issuer-discovery}
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: "system:service-account-issuer-discovery"}
 subjects: [{apiGroup: rbac.authorization.k8s.io, kind: Group, name: "system:unauthenticated"}]
+---
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: aws-ca, namespace: kube-system}
+data:
+  ca.crt: |
+$(sed 's/^/    /' "$CACHE/images/aws-ca.crt")
 K
 }
 

@@ -56,3 +56,4 @@ debian() { # DIR PACKAGES: their files; no script of theirs runs
 }
 tools_rootfs() { debian "$1" busybox-static,iptables,iproute2,curl,ca-certificates; }
 aws_rootfs() { debian "$1" awscli,python3-boto3,libc-bin,busybox-static,curl,ca-certificates; }
+daemon() { "$here/../deploy/build-image.sh" >"$image_dir/.imdsgate.log" 2>&1 || { tail -5 "$image_dir/.imdsgate.log" >&2; die "cannot build test.local/imdsgate:dev"; }; }

@@ -36,11 +36,11 @@ mount --make-rshared /
 echo 1 >/proc/sys/net/ipv4/ip_forward
 echo 1 >/proc/sys/net/bridge/bridge-nf-call-iptables
 echo 1 >/proc/sys/net/bridge/bridge-nf-call-ip6tables
-if [ -x "$D/boot" ]; then "$D/boot" >>"$D/boot.log" 2>&1 || echo "the boot script failed: $?" >>"$D/boot.log"; fi
+if [ -x "$D/boot" ]; then "$D/boot" >>"$D/boot.log" 2>&1 || { echo "the boot script failed: $?" >>"$D/boot.log"; exit 1; }; fi
 containerd --config "$D/containerd.toml" >>"$D/containerd.log" 2>&1 &
 until ctr version >/dev/null 2>&1; do kill -0 $! || exit 1; sleep 0.05; done
 for t in $IMAGES; do
-  stamp=/var/lib/containerd/imported-$(stat -c %i-%Y "$t")
+  stamp=/var/lib/containerd/imported-$(basename "$t")-$(stat -c %i-%Y "$t")
   [ -e "$stamp" ] || { ctr -n k8s.io images import --snapshotter "$SNAPSHOTTER" "$t" && touch "$stamp"; }
 done >>"$D/images.log" 2>&1
 "$BIN/kubelet" --config="$D/kubelet.yaml" --kubeconfig="$DATA/kubelet-$N.kubeconfig" --hostname-override="$N" \

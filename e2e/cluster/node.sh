@@ -106,7 +106,14 @@ K
   cat >"$D/env" <<K
 N=$N D=$D BIN=$BIN DATA=$DATA CGROUPS="$CGROUPS" SNAPSHOTTER=${SNAPSHOTTER:-overlayfs} IMAGES="${IMAGES:-$(image_files)}"
 K
-  if [ -n "${BOOT:-}" ]; then install -m 755 "$BOOT" "$D/boot"; fi
+  case ${BOOT:-} in
+    "") ;;
+    *.service)
+      # A line that begins with "-" may fail, as for systemd.
+      { echo "#!/bin/sh -e"; sed -n 's/^ExecStart=-\(.*\)/\1 || true/p; s/^ExecStart=\([^-].*\)/\1/p' "$BOOT"; } >"$D/boot"
+      chmod 755 "$D/boot" ;;
+    *) install -m 755 "$BOOT" "$D/boot" ;;
+  esac
 }
 
 cluster_dns() { echo 172.30.0.1; }
@@ -178,12 +185,15 @@ node_ready() {
   until_ok 60 "$N registers" registered "$N" && kubectl wait --for=condition=Ready "node/$N" --timeout=90s >/dev/null || { tail -n 5 "$RUN/$N"/kubelet.log >&2; die "$N is not Ready"; }
 }
 
+stamp() { echo "/var/lib/containerd/imported-$(basename "$1")-$(stat -c %i-%Y "$1")"; }
 load() {
-  local i f
+  local i f files=("$@")
+  [ $# -gt 0 ] || read -ra files <<<"$(image_files)"
   for i in 1 2 3 4 5 6 7 8 9; do
     alive "$RUN/node$i/init" || continue
-    for f; do
-      in_node "$i" ctr -n k8s.io images import --snapshotter "$(. "$RUN/node$i/env"; echo "$SNAPSHOTTER")" "$f" >/dev/null
+    for f in "${files[@]}"; do
+      in_node "$i" [ -e "$(stamp "$f")" ] || in_node "$i" sh -c 'ctr -n k8s.io images import --snapshotter "$1" "$2" >/dev/null && touch "$3"' - \
+        "$(. "$RUN/node$i/env"; echo "$SNAPSHOTTER")" "$f" "$(stamp "$f")" || die "node$i cannot import $f"
     done
   done
 }
