@@ -35,7 +35,7 @@ binaries() {
 }
 
 # A pid alone may be another's after a reboot: a process is its pid and its start time.
-started() { local s; { read -r s <"/proc/$1/stat"; } 2>/dev/null || return 0; set -- ${s##*) }; echo "${20}"; }
+started() { local s; { read -r s <"/proc/$1/stat"; } 2>/dev/null || return 0; set -- ${s##*) }; [ "$1" = Z ] || echo "${20}"; }
 remember() { echo "$2 $(started "$2")" >"$1.pid"; }
 alive() { # NAME: NAME.pid is that of a process that runs
   local pid at
