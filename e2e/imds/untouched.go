@@ -64,6 +64,10 @@ func (s *Server) Untouched(ctx context.Context, pods []netip.Addr, node Expected
 }
 
 func (e Expected) permits(r Request) bool {
+	// A pod's packet may leave with the node's address. What it says of itself is then all that tells.
+	if agent := r.Header.Get("User-Agent"); !strings.HasPrefix(agent, "imdsgate") && !strings.HasPrefix(agent, "aws-sdk-go-v2/") {
+		return false
+	}
 	for name := range r.Header {
 		if !slices.Contains(headers, name) {
 			return false

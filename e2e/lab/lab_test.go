@@ -125,6 +125,9 @@ func TestLabRefusesTheMachinesNamespace(t *testing.T) {
 func TestLabLeavesNothing(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t)
+	if _, err := exec.LookPath("pgrep"); err != nil {
+		t.Fatalf("%v: apt-get install -y --no-install-recommends procps", err)
+	}
 	cmd := exec.CommandContext(ctx, os.Args[0])
 	cmd.Env = append(os.Environ(), "LAB_CRASH=1")
 	out, _ := cmd.CombinedOutput()
