@@ -48,7 +48,7 @@ type Config struct {
 	LogFormat string
 
 	// What to do instead of serving.
-	Cleanup, Check, All, Probe, Version bool
+	Cleanup, Check, All, GuardOnly, Probe, Version bool
 	Args                                []string
 }
 
@@ -116,6 +116,7 @@ func (c *Config) flags(hostIPs *[]string) *flag.FlagSet {
 	fs.BoolVar(&c.Cleanup, "cleanup", false, "remove every rule of imdsgate, then exit: pods reach the node's own role again")
 	fs.BoolVar(&c.Check, "check", false, "validate configuration, permissions and rules, print findings, exit 0 or 1; with NAMESPACE/POD behind all flags: explain that pod's answer")
 	fs.BoolVar(&c.All, "all", false, "with -check: explain every pod of the node")
+	fs.BoolVar(&c.GuardOnly, "guard-only", false, "install the guard, then exit: the first step of a node or of a pod, before anything else")
 	fs.BoolVar(&c.Probe, "probe", false, "ask the running instance whether it is ready (or, with health behind it, alive), exit 0 or 1")
 	fs.BoolVar(&c.Version, "version", false, "print the version, then exit")
 	return fs
@@ -129,7 +130,7 @@ func envName(name string) string {
 // oneShot names the flags that say what to do instead of serving: they have no environment variable, which would turn a
 // whole DaemonSet into something else.
 func oneShot(name string) bool {
-	return slices.Contains([]string{"cleanup", "check", "all", "probe", "version"}, name)
+	return slices.Contains([]string{"cleanup", "check", "all", "guard-only", "probe", "version"}, name)
 }
 
 // parseConfig reads flags and environment. It returns flag.ErrHelp after it has written the help to out.
@@ -181,7 +182,9 @@ func parseConfig(args []string, getenv func(string) string, out io.Writer) (*Con
 }
 
 // serving says whether the command is the daemon itself.
-func (c *Config) serving() bool { return !c.Cleanup && !c.Check && !c.Probe && !c.Version }
+func (c *Config) serving() bool {
+	return !c.Cleanup && !c.Check && !c.GuardOnly && !c.Probe && !c.Version
+}
 
 // Validate says everything that is wrong with the configuration at once.
 func (c *Config) Validate() error {

@@ -126,6 +126,25 @@ func TestGuardFirst(t *testing.T) {
 	}
 }
 
+// TestGuardOnly: the guard needs no configuration.
+func TestGuardOnly(t *testing.T) {
+	var stderr bytes.Buffer
+	closed := 0
+	a := app{stdout: &stderr, stderr: &stderr, closeEndpoint: func(_ context.Context, c *Config, _ *slog.Logger) error {
+		closed++
+		if !c.Guard {
+			return errors.New("no guard")
+		}
+		return nil
+	}}
+	if err := a.run(t.Context(), []string{"-guard-only"}, env()); err != nil || closed != 1 {
+		t.Errorf("%v, closed %d times", err, closed)
+	}
+	if err := a.run(t.Context(), []string{"-guard-only", "-guard-priority=high"}, env()); exitCode(err, &stderr) != 2 || closed != 2 {
+		t.Errorf("a wrong flag: %v, closed %d times", err, closed)
+	}
+}
+
 func TestVersionAndHelp(t *testing.T) {
 	var out bytes.Buffer
 	a := app{stdout: &out, stderr: &out, closeEndpoint: func(context.Context, *Config, *slog.Logger) error {

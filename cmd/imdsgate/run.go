@@ -78,8 +78,17 @@ func (a app) run(ctx context.Context, args []string, getenv func(string) string)
 	case c.Check && err == nil:
 		return check(ctx, c, a.stdout)
 	}
-	err = errors.Join(err, c.Validate())
 	log := newLogger(c, a.stderr)
+	if c.GuardOnly { // needs to know neither the node nor its address
+		if err := a.closeEndpoint(ctx, c, log); err != nil {
+			return err
+		}
+		if err != nil {
+			return usageError{err}
+		}
+		return nil
+	}
+	err = errors.Join(err, c.Validate())
 	// Before anything that can fail: a node whose daemon cannot start must refuse its pods the real endpoint, so even a wrong
 	// flag closes it. Nothing but -cleanup opens it again.
 	if gerr := a.closeEndpoint(ctx, c, log); gerr != nil {
