@@ -1,0 +1,103 @@
+package scenarios
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/imdsgate/imdsgate/e2e/scenarios/sequence"
+)
+
+// Update after update under load: every node hands over ten times and more, pods ask in full sequences all the while, each request
+// once and with a second for it, and none fails. One update changes what is in the redirect's chains, and one takes it back.
+func TestScenarioUpdateUnderLoad(t *testing.T) {
+	s := beginScenario(t, 8*time.Minute)
+	const both = "updateStrategy.maxSurge=2" // both nodes at once
+	s.install(both)
+	const ns = "update"
+	var loads []*load
+	var roles []string
+	for i := range 4 {
+		roles = append(roles, s.role(fmt.Sprint("update/app", i)))
+	}
+	s.newNamespace(ns, allowed(roles...))
+	for i, role := range roles {
+		name := fmt.Sprint("p", i)
+		s.serviceAccount(ns, name, role)
+		s.create(podSpec{namespace: ns, name: name, account: name, node: 1 + i%2, args: []string{"idle"}})
+	}
+	for i := range roles {
+		name := fmt.Sprint("p", i)
+		s.waitPod(ns, name, running)
+		s.holds(s.ask(ns, name), roles[i])
+	}
+	start := time.Now()
+	for i, role := range roles {
+		loads = append(loads, s.load(ns, fmt.Sprint("p", i), role, 4, 120*time.Millisecond))
+	}
+	handovers := 0
+	chains := map[int]string{}
+	for node := 1; node <= 2; node++ {
+		chains[node] = s.onNode(node, "iptables-save", "-t", "nat")
+	}
+	update := func(what string, f func()) {
+		before := []int{s.daemon(1), s.daemon(2)}
+		f()
+		for node := 1; node <= 2; node++ {
+			if pid := s.daemon(node); pid != before[node-1] {
+				handovers++
+			} else {
+				t.Errorf("%s: node %d still runs the same daemon", what, node)
+			}
+		}
+	}
+	update("another interface", func() { s.install(both, `flags.interface="!eth0"`) })
+	for node := 1; node <= 2; node++ {
+		if now := s.onNode(node, "iptables-save", "-t", "nat"); !strings.Contains(now, "! -i eth0") {
+			t.Errorf("node %d: the update has not changed the chain: before\n%s\nnow\n%s", node, chains[node], now)
+		}
+	}
+	update("any interface", func() { s.install(both) })
+	for handovers < 20 {
+		update("restart", func() {
+			s.kubectl("-n", namespace, "rollout", "restart", "daemonset/"+release)
+			s.rolledOut()
+		})
+	}
+	// The load goes on until it is large enough.
+	const enough = 10_000
+	for estimate := 0; estimate < enough+500; {
+		estimate = int(time.Since(start)/(120*time.Millisecond)) * 16 * 9 / 10
+		select {
+		case <-s.ctx.Done():
+			t.Fatal(s.ctx.Err())
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+	total, failed := 0, 0
+	var p50, p99, longest time.Duration
+	for _, l := range loads {
+		sum := l.end()
+		total += sum.Sequences
+		failed += sum.Sequences - sum.Kinds[sequence.OK]
+		p50, p99, longest = max(p50, sum.P50), max(p99, sum.P99), max(longest, sum.Max)
+		for _, f := range slices.Clip(sum.Failures)[:min(5, len(sum.Failures))] {
+			t.Errorf("%s: at %s after %s: %s", l.pod, f.At.Format("15:04:05.000"), f.Took, f.Brief())
+		}
+	}
+	if total < enough {
+		t.Errorf("only %d sequences", total)
+	}
+	s.figures("%d of %d sequences failed over %d handovers in %.0f s; p50 %s p99 %s max %s", failed, total, handovers,
+		time.Since(start).Seconds(), round(p50), round(p99), round(longest))
+	if failed > 0 {
+		s.logDaemons()
+	}
+}
+
+func (s *scenario) logDaemons() {
+	logs, _ := s.tryKubectl("-n", namespace, "logs", "-l", "app.kubernetes.io/name="+release, "--tail=40", "--prefix")
+	s.Log(logs)
+}
