@@ -105,7 +105,7 @@ cp_down() {
 # What no pid file knows of: namespaces and cgroups of our name, and the processes inside of them.
 leftovers() {
   local n p d
-  for n in /run/netns/$P-*; do
+  for n in /run/netns/$P-cp /run/netns/$P-node[1-9]; do
     [ -e "$n" ] || continue
     n=${n##*/}
     if netns "$n" >/dev/null; then
