@@ -5,14 +5,15 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cluster=$here/cluster.sh
 bin=${XDG_CACHE_HOME:-$HOME/.cache}/imdsgate-e2e/bin
-export KUBECONFIG=/var/tmp/imdsgate-cluster/kubeconfig
+state=/var/tmp/${CLUSTER:-imdsgate-cluster}
+export KUBECONFIG=$state/kubeconfig
 account=123456789012
 role=arn:aws:iam::$account:role/team/cart
 start=$SECONDS
 
 step() { printf '\n\033[1m== %s\033[0m  (%d s)\n' "$*" $((SECONDS - start)); }
 kubectl() { "$bin/kubectl" "$@"; }
-fabric() { curl -sSf --unix-socket /var/tmp/imdsgate-cluster/fabric.sock "$@"; }
+fabric() { curl -sSf --unix-socket "$state/fabric.sock" "$@"; }
 
 step "A Kubernetes cluster of two nodes, in network namespaces"
 [ -x "$bin/helm" ] || "$here/bins/build.sh" helm

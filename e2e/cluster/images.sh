@@ -12,15 +12,15 @@ image_files() { # and imdsgate's own, when deploy/build-image.sh has made it
   for n in pause tools aws imdsgate; do [ ! -e "$image_dir/$n.tar" ] || printf '%s ' "$image_dir/$n.tar"; done
 }
 
-images() {
-  local suite
+images() (
   mkdir -p "$image_dir"; chmod 700 "$image_dir"
+  exec 8>"$image_dir/.lock"; flock 8   # another cluster may be coming up
   mkca aws-ca "imdsgate lab AWS" "$image_dir"
   suite=$(. /etc/os-release; echo "$VERSION_CODENAME")
   image pause "$(sha256sum <"$here/pause/main.go")" pause_rootfs '["/pause"]'
   image tools "$suite" tools_rootfs null
   image aws "$suite" aws_rootfs null
-}
+)
 
 image() { # NAME KEY BUILDER ENTRYPOINT: unless it is there, built in this way from this key
   local name=$1 key work t=$SECONDS

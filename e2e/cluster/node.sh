@@ -146,6 +146,7 @@ node_start() {
   mkkubeconfig "$DATA/kubelet-$N.kubeconfig" kubelet-$N
   [ -s "$D/env" ] || node_config "$i"
   rm -f "$D/started"
+  date +%s >"$D/booted"
   for c in $CGROUPS; do
     g=$(cgroup_of $c $N)
     mkdir -p "$g"
@@ -178,17 +179,21 @@ node_stop() {
   if [ -e "$D/cgroups" ]; then while read -r g; do [ ! -d "$g" ] || remove_cgroup "$g"; done <"$D/cgroups"; fi
 }
 
-registered() { kubectl get node "$1" >/dev/null 2>&1; }
-# A node that was down is Ready until the control plane notices, so what counts is a heartbeat of this boot.
+# A node that was down a moment ago is still Ready to the API server: what counts is what this boot reported.
+heard_of() { # NODE SINCE
+  local status at
+  read -r status at < <(kubectl get node "$1" -o 'jsonpath={range .status.conditions[?(@.type=="Ready")]}{.status} {.lastHeartbeatTime}{"\n"}{end}' 2>/dev/null) || return 1
+  [ "$status" = True ] && [ "$(date -d "$at" +%s)" -ge "$2" ]
+}
 node_ready() {
   local N=node$1
-  until_ok 60 "$N registers" registered "$N" && kubectl wait --for=condition=Ready "node/$N" --timeout=90s >/dev/null || { tail -n 5 "$RUN/$N"/kubelet.log >&2; die "$N is not Ready"; }
+  until_ok 90 "$N is Ready" heard_of "$N" "$(cat "$RUN/$N/booted")" || { tail -n 5 "$RUN/$N"/kubelet.log >&2; exit 1; }
 }
 
 stamp() { echo "/var/lib/containerd/imported-$(basename "$1")-$(stat -c %i-%Y "$1")"; }
 load() {
   local i f files=("$@")
-  [ $# -gt 0 ] || read -ra files <<<"$(image_files)"
+  [ $# -gt 0 ] || read -ra files <<<"${IMAGES:-$(image_files)}"
   for i in 1 2 3 4 5 6 7 8 9; do
     alive "$RUN/node$i/init" || continue
     for f in "${files[@]}"; do

@@ -2,6 +2,7 @@ package clustertest
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -23,13 +24,14 @@ import (
 	"github.com/imdsgate/imdsgate/e2e/cluster/control"
 )
 
-// RunDir is where a cluster keeps its state.
-const RunDir = "/var/tmp/imdsgate-cluster"
+// DefaultName is the name of the cluster that make cluster brings up.
+const DefaultName = "imdsgate-cluster"
 
 // Options of a cluster or of one node's boot; cluster.sh says what they mean. Empty ones are its defaults. A cluster that is up
 // keeps its own, and a node those of its first boot.
 type Options struct {
-	Nodes       int // at first; 0: 2
+	Name        string // clusters of different names live beside each other; empty: $CLUSTER, or DefaultName
+	Nodes       int    // at first; 0: 2
 	CNI         string
 	ProxyMode   string
 	Snapshotter string
@@ -38,6 +40,11 @@ type Options struct {
 	Taints      string // that kubelets register new Nodes with
 	Boot        string // file: a script, or a systemd unit
 }
+
+func (o Options) name() string { return cmp.Or(o.Name, os.Getenv("CLUSTER"), DefaultName) }
+
+// runDir is where the cluster keeps its state.
+func (o Options) runDir() string { return filepath.Join("/var/tmp", o.name()) }
 
 func (o Options) env() []string {
 	env := []string{"CNI=" + o.CNI, "PROXY_MODE=" + o.ProxyMode, "SNAPSHOTTER=" + o.Snapshotter, "TAINTS=" + o.Taints, "BOOT=" + o.Boot}
@@ -61,7 +68,7 @@ type Cluster struct {
 	// Fabric steers and reads AWS and the real metadata endpoint.
 	Fabric *control.Client
 
-	top, bin string
+	top, bin, name, dir string
 }
 
 // Up brings a cluster up: its control plane and nodes, without imdsgate.
@@ -74,7 +81,10 @@ func Up(ctx context.Context, o Options) (*Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Cluster{top: top, bin: filepath.Join(cache, "imdsgate-e2e", "bin"), Fabric: control.NewClient(filepath.Join(RunDir, "fabric.sock"))}
+	c := &Cluster{
+		top: top, bin: filepath.Join(cache, "imdsgate-e2e", "bin"), name: o.name(), dir: o.runDir(),
+		Fabric: control.NewClient(filepath.Join(o.runDir(), "fabric.sock")),
+	}
 	if _, err := c.script(ctx, o.env(), "up"); err != nil {
 		return nil, err
 	}
@@ -93,7 +103,7 @@ func (c *Cluster) Down(ctx context.Context) error {
 }
 
 // Kubeconfig is the file of a cluster administrator; it works on the machine itself.
-func (c *Cluster) Kubeconfig() string { return filepath.Join(RunDir, "kubeconfig") }
+func (c *Cluster) Kubeconfig() string { return filepath.Join(c.dir, "kubeconfig") }
 
 // module is the top of this checkout.
 func module() (string, error) {
@@ -112,7 +122,7 @@ func module() (string, error) {
 // script runs cluster.sh.
 func (c *Cluster) script(ctx context.Context, env []string, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, filepath.Join(c.top, "e2e", "cluster", "cluster.sh"), args...)
-	cmd.Env = append(os.Environ(), env...)
+	cmd.Env = append(append(os.Environ(), "CLUSTER="+c.name), env...)
 	return output(cmd)
 }
 

@@ -123,6 +123,46 @@ func TestClusterUp(t *testing.T) {
 	}
 }
 
+// The chart on a dual-stack cluster of its own: both families lead to the daemon.
+func TestClusterDualStack(t *testing.T) {
+	ctx := t.Context()
+	c, err := clustertest.Up(ctx, clustertest.Options{Name: "imdsgate-dual", Nodes: 1, DualStack: true})
+	must(t, err)
+	t.Cleanup(func() {
+		if err := c.Down(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	role, err := c.Fabric.Role(ctx, "team/cart", aws.ActionListBuckets)
+	must(t, err)
+	must(t, c.Namespace(ctx, "shop", map[string]string{"iam.amazonaws.com/allowed-roles": `["` + role + `"]`}))
+	must(t, c.ServiceAccount(ctx, "shop", "cart", map[string]string{"eks.amazonaws.com/role-arn": role}))
+	must(t, c.Apply(ctx, workload("shop", "cart", false)))
+	_, err = c.Kubectl(ctx, "rollout", "status", "-n", "shop", "daemonset/cart", "--timeout=60s")
+	must(t, err)
+	must(t, c.BuildDaemon(ctx))
+	must(t, c.Install(ctx))
+	mark, err := c.Mark(ctx)
+	must(t, err)
+	pods, err := c.Pods(ctx, "shop", "app=cart")
+	must(t, err)
+	if ips := pods["node1"].Status.PodIPs; len(ips) != 2 {
+		t.Fatalf("the pod has the addresses %v", ips)
+	}
+	for _, host := range []string{"169.254.169.254", "[fd00:ec2::254]"} {
+		script := strings.ReplaceAll(askEndpoint, "169.254.169.254", host)
+		key, err := c.Exec(ctx, "shop", pods["node1"].Name, "sh", "-c", strings.ReplaceAll(script, "curl ", "curl -g "))
+		if err != nil {
+			t.Errorf("%s: %v", host, err)
+			continue
+		}
+		if owner, err := c.Fabric.Owner(ctx, strings.TrimSpace(key)); err != nil || owner.RoleARN != role {
+			t.Errorf("%s answers credentials of %+v %v", host, owner, err)
+		}
+	}
+	c.AssertUntouched(t, mark, imds.Expected{NodeRole: true})
+}
+
 // A node that loses its power and boots is the same Node, and its pods come back.
 func TestClusterNodeBoots(t *testing.T) {
 	ctx := t.Context()

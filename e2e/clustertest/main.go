@@ -16,7 +16,7 @@ func Main(m *testing.M, o Options, use func(*Cluster)) int {
 	// The first time Kubernetes is built.
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)
 	defer cancel()
-	_, err := os.Stat(RunDir)
+	_, err := os.Stat(o.runDir())
 	keep := err == nil || os.Getenv("CLUSTER_KEEP") != ""
 	c, err := Up(ctx, o)
 	if err != nil {
