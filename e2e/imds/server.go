@@ -52,13 +52,11 @@ func (r Request) String() string {
 
 // Server is the endpoint. It is safe for concurrent use.
 type Server struct {
-	// HopLimit is how many hops an answer to the token PUT survives. 2 is what EKS sets for nodes with pods; EC2's own
-	// default is 1.
-	HopLimit int
 	// Credentials are the node role's, by the node's address. Nil: the instance has no role.
 	Credentials func(node netip.Addr) (Credentials, bool)
 
 	mu       sync.Mutex
+	hopLimit int
 	requests []Request
 	tokens   map[string]time.Time // by token: its end
 	tree     map[string]string
@@ -67,7 +65,7 @@ type Server struct {
 
 // New returns an endpoint with the tree of an ordinary instance.
 func New() *Server {
-	return &Server{HopLimit: 2, tokens: map[string]time.Time{}, tree: maps.Clone(instance)}
+	return &Server{hopLimit: 2, tokens: map[string]time.Time{}, tree: maps.Clone(instance)}
 }
 
 // instance is below /latest/. Values that are nobody's business but the node's hold Mark.
@@ -117,6 +115,14 @@ func (s *Server) Set(path, value string) {
 	s.tree[path] = value
 }
 
+// SetHopLimit sets how many hops an answer to the token PUT survives, 2 at first: what EKS sets for nodes with pods. EC2's own
+// default is 1.
+func (s *Server) SetHopLimit(hops int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.hopLimit = hops
+}
+
 type connKey struct{}
 
 // Serve answers on ln until it is closed.
@@ -141,11 +147,12 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		Time: time.Now(), Source: source, Local: local,
 		Method: r.Method, Target: r.RequestURI, Header: r.Header.Clone(), Status: status,
 	})
+	hops := s.hopLimit
 	s.mu.Unlock()
 	if r.Method == http.MethodPut {
 		// The real endpoint limits how far its token travels, so that it does not pass a proxy or a bridge unseen.
 		if c, ok := r.Context().Value(connKey{}).(net.Conn); ok {
-			setHopLimit(c, local.Addr(), s.HopLimit)
+			setHopLimit(c, local.Addr(), hops)
 		}
 	}
 	maps.Copy(w.Header(), header)
@@ -230,7 +237,7 @@ func (s *Server) get(source netip.Addr, path string) (string, bool) {
 
 func setHopLimit(c net.Conn, local netip.Addr, hops int) {
 	sc, ok := c.(syscall.Conn)
-	if !ok || hops == 0 {
+	if !ok {
 		return
 	}
 	rc, err := sc.SyscallConn()

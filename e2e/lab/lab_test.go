@@ -115,6 +115,38 @@ func TestLabSeesWhatReachesTheEndpoint(t *testing.T) {
 	}
 }
 
+// With EC2's own hop limit the answer to the token PUT ends at the node: the floor for what imdsgate does not cover.
+func TestLabHopLimit(t *testing.T) {
+	ctx := labtest.Context(t)
+	n := labtest.Node(t, shared, lab.NodeOptions{})
+	p := labtest.Pod(t, n, lab.PodSpec{})
+	shared.IMDS.SetHopLimit(1)
+	defer shared.IMDS.SetHopLimit(2)
+	put := func(client *http.Client, ip string) error {
+		ctx, cancel := context.WithTimeout(ctx, time.Second)
+		defer cancel()
+		req, err := http.NewRequestWithContext(ctx, http.MethodPut, "http://"+ip+"/latest/api/token", nil)
+		if err != nil {
+			return err
+		}
+		req.Header.Set("X-Aws-Ec2-Metadata-Token-Ttl-Seconds", "60")
+		resp, err := client.Do(req)
+		if err == nil {
+			resp.Body.Close()
+		}
+		return err
+	}
+	host := labtest.Pod(t, n, lab.PodSpec{HostNetwork: true})
+	for _, ip := range []string{"169.254.169.254", "[fd00:ec2::254]"} {
+		if err := put(p.HTTP(), ip); err == nil {
+			t.Errorf("an ordinary pod has a token of %s", ip)
+		}
+		if err := put(host.HTTP(), ip); err != nil {
+			t.Errorf("a host network pod has no token of %s: %v", ip, err)
+		}
+	}
+}
+
 func TestLabRefusesTheMachinesNamespace(t *testing.T) {
 	if err := lab.RunInMachineNamespace(func() error { t.Error("it ran"); return nil }); !errors.Is(err, lab.ErrMachineNamespace) {
 		t.Errorf("the error is %v", err)

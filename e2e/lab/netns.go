@@ -146,23 +146,14 @@ func refuseMachine() error {
 
 // Dial connects from inside the namespace. The address is a literal IP and port: a name would be looked up by the machine's
 // resolver.
-func (n *Namespace) Dial(ctx context.Context, network, address string) (net.Conn, error) {
-	return n.dial(ctx, net.Dialer{}, network, address)
-}
-
-// DialFrom is Dial with a local address.
-func (n *Namespace) DialFrom(ctx context.Context, local net.Addr, network, address string) (net.Conn, error) {
-	return n.dial(ctx, net.Dialer{LocalAddr: local}, network, address)
-}
-
-func (n *Namespace) dial(ctx context.Context, d net.Dialer, network, address string) (conn net.Conn, err error) {
+func (n *Namespace) Dial(ctx context.Context, network, address string) (conn net.Conn, err error) {
 	if _, err := netip.ParseAddrPort(address); err != nil {
 		if _, ipErr := netip.ParseAddr(address); ipErr != nil {
 			return nil, fmt.Errorf("dial %s: %w", address, err)
 		}
 	}
 	err = n.Do(func() error {
-		conn, err = d.DialContext(ctx, network, address)
+		conn, err = (&net.Dialer{}).DialContext(ctx, network, address)
 		return err
 	})
 	return conn, err
