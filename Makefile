@@ -10,7 +10,7 @@ export CGO_ENABLED ?= 1
 GOTESTSUM := go run gotest.tools/gotestsum@v1.13.0 --format pkgname --hide-summary=skipped
 OUT := $(CURDIR)/e2e/out
 
-.PHONY: help build demo demo-down test deps test-unit test-kernel test-lab test-clients test-minio bench fuzz lint cluster cluster-down cluster-bins docs
+.PHONY: help build demo demo-down test deps test-unit test-kernel test-lab test-clients test-cluster test-minio bench fuzz lint cluster cluster-down cluster-bins docs
 
 help:
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,20 +18,20 @@ help:
 build: ## bin/imdsgate: static, version from build info
 	CGO_ENABLED=0 go build -trimpath -buildvcs=auto -o bin/imdsgate ./cmd/imdsgate
 
-demo: deps build ## the two scenarios of the README by the AWS CLI in pods of a lab node (root)
-	cd e2e && go run ./demo
+demo: cluster-bins ## a real cluster in network namespaces, the chart, two pods a node: what the AWS CLI says in each; leaves it up (root)
+	@e2e/cluster/demo.sh
 
-demo-down: ## nothing to do: the demo removes its lab when it ends
-	@echo "the demo removes its lab when it ends"
+demo-down: cluster-down ## removes the demo's cluster
 
-test: deps ## everything: unit, race, kernel, lab, clients; installs what is missing; ends with totals (root)
+test: deps ## everything: unit, race, kernel, lab, clients, cluster; installs what is missing; ends with totals (root)
 	@rm -rf $(OUT); mkdir -p $(OUT)
-	@status=0; for t in test-unit test-kernel test-lab test-clients; do \
+	@status=0; for t in test-unit test-kernel test-lab test-clients test-cluster; do \
 	  echo "== make $$t"; $(MAKE) --no-print-directory $$t || status=1; done; \
-	  $(CURDIR)/.ci/totals $(OUT)/*.json; exit $$status
+	  $(CURDIR)/.ci/totals $(OUT)/*.json || status=1; exit $$status
 
-deps: cluster-bins-lab
+deps: cluster-bins
 	@e2e/clients/install.sh
+	@e2e/cluster/cluster.sh deps
 
 test-unit: ## no privilege, no network, under a minute warm
 	@mkdir -p $(OUT)
@@ -41,13 +41,17 @@ test-kernel: ## the real iptables, both back ends, in namespaces of its own
 	@mkdir -p $(OUT)
 	$(GOTESTSUM) --jsonfile $(OUT)/kernel.json -- -run '^TestKernel' -count=1 ./iptables/
 
-test-lab: cluster-bins-lab ## the daemon on a lab node with a real API server (root)
+test-lab: cluster-bins ## the daemon on a lab node with a real API server; the chart's objects (root)
 	@mkdir -p $(OUT)
-	cd e2e && $(GOTESTSUM) --jsonfile $(OUT)/lab.json -- -count=1 -timeout 20m . ./lab/... ./aws/... ./imds/...
+	cd e2e && $(GOTESTSUM) --jsonfile $(OUT)/lab.json -- -count=1 -timeout 20m . ./lab/... ./aws/... ./imds/... ./deploy/...
 
-test-clients: cluster-bins-lab ## real AWS SDKs and CLIs in pods of a lab node (root)
+test-clients: cluster-bins ## real AWS SDKs and CLIs in pods of a lab node (root)
 	@mkdir -p $(OUT)
 	cd e2e && $(GOTESTSUM) --jsonfile $(OUT)/clients.json -- -count=1 -timeout 20m ./clients/...
+
+test-cluster: cluster-bins ## the chart on a real cluster of real kubelets (root)
+	@mkdir -p $(OUT)
+	cd e2e && $(GOTESTSUM) --jsonfile $(OUT)/cluster.json -- -count=1 -p 1 -timeout 40m ./clustertest/... ./scenarios/...
 
 test-minio: deps ## once with a server nobody here wrote: MinIO as STS and S3 (builds it first, about 10 minutes)
 	@mkdir -p $(OUT)
@@ -66,15 +70,14 @@ lint: ## golangci-lint (pinned), go vet, govulncheck where reachable
 	go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0 run ./...
 	@go run golang.org/x/vuln/cmd/govulncheck@v1.9.0 ./... || echo "lint: govulncheck could not run or found something; its database is not reachable everywhere"
 
-cluster cluster-down:
-	@echo "the cluster of several nodes is not built yet: make demo runs a lab of one node"; exit 1
+cluster: cluster-bins ## the lab cluster alone: NODES=2; prints the kubeconfig's path (root)
+	@e2e/cluster/cluster.sh up $(or $(NODES),2)
+
+cluster-down: ## removes the cluster and whatever a dead run left of it
+	@e2e/cluster/cluster.sh down
 
 cluster-bins: ## builds the lab's Kubernetes once into ~/.cache/imdsgate-e2e/bin (10 minutes), skips what is there
 	@e2e/cluster/bins/build.sh
-
-.PHONY: cluster-bins-lab
-cluster-bins-lab:
-	@e2e/cluster/bins/build.sh etcd kube-apiserver kubectl
 
 docs: ## writes the flag table into the README
 	go test ./cmd/imdsgate -run TestReadmeFlags -update
