@@ -129,11 +129,6 @@ func (c *Client) StartAWS(ctx context.Context) error {
 	return c.do(ctx, http.MethodPost, "/aws/start", nil, nil, nil)
 }
 
-// SetValue changes a value of the real metadata endpoint, by its path below /latest/.
-func (c *Client) SetValue(ctx context.Context, path, value string) error {
-	return c.do(ctx, http.MethodPost, "/imds/value", nil, Value{path, value}, nil)
-}
-
 // Requests are those that reached the real metadata endpoint after the first n.
 func (c *Client) Requests(ctx context.Context, after int) (rs []imds.Request, err error) {
 	return rs, c.do(ctx, http.MethodGet, "/imds/requests", url.Values{"after": {strconv.Itoa(after)}}, nil, &rs)

@@ -20,9 +20,6 @@ type Owner struct {
 	NodeIndex int
 }
 
-// Value is one of the metadata tree, by its path below /latest/.
-type Value struct{ Path, Value string }
-
 // Server answers Clients. It is an http.Handler and safe for concurrent use.
 type Server struct {
 	aws      *aws.Server
@@ -77,14 +74,6 @@ func NewServer(a *aws.Server, endpoint *aws.Endpoint, m *imds.Server) *Server {
 	})
 	s.handle("POST /aws/start", func(*http.Request) (any, error) { return nil, endpoint.Start() })
 	s.handle("POST /aws/kill", func(*http.Request) (any, error) { return nil, endpoint.Kill() })
-	s.handle("POST /imds/value", func(r *http.Request) (any, error) {
-		var v Value
-		if err := json.NewDecoder(r.Body).Decode(&v); err != nil {
-			return nil, err
-		}
-		m.Set(v.Path, v.Value)
-		return nil, nil
-	})
 	s.handle("GET /imds/requests", func(r *http.Request) (any, error) {
 		after, err := strconv.Atoi(r.FormValue("after"))
 		if err != nil {
