@@ -35,6 +35,7 @@ type lab struct {
 	kube             kubernetes.Interface
 	fabric           *control.Client
 	before           map[int]string // rules of each node that never saw imdsgate
+	image, probe     string         // archives of the daemon and of the probe
 	daemonImage      string         // what the tag test.local/imdsgate:dev stands for
 }
 
@@ -60,6 +61,9 @@ func run(m *testing.M) int {
 		}()
 	}
 	l, err := begin(ctx, say, keep)
+	if l != nil {
+		defer os.RemoveAll(filepath.Dir(l.probe))
+	}
 	if err != nil {
 		say("%v", err)
 		return 1
@@ -91,15 +95,15 @@ func begin(ctx context.Context, say func(string, ...any), keep bool) (*lab, erro
 	if err != nil {
 		return nil, err
 	}
-	l.daemonImage = strings.TrimSpace(string(stamp))
+	l.image, l.daemonImage = image, strings.TrimSpace(string(stamp))
 	probe, err := l.probeImage(ctx)
 	if err != nil {
-		return nil, err
+		return l, err
 	}
-	defer os.RemoveAll(filepath.Dir(probe))
+	l.probe = probe
 	if !keep {
 		if _, err := cluster(ctx, nil, "down"); err != nil {
-			return nil, err
+			return l, err
 		}
 	}
 	var images []string
@@ -109,22 +113,22 @@ func begin(ctx context.Context, say func(string, ...any), keep bool) (*lab, erro
 	boot := "IMAGES=" + strings.Join(images, " ")
 	say("starting the control plane and node 1: bridge CNI, kube-proxy in iptables mode")
 	if _, err := cluster(ctx, []string{"NODES=1", boot}, "up"); err != nil {
-		return nil, err
+		return l, err
 	}
 	say("starting node 2: ptp CNI, kube-proxy in nftables mode")
 	if _, err := cluster(ctx, []string{"CNI=ptp", "PROXY_MODE=nftables", boot}, "node-up", "2"); err != nil {
-		return nil, err
+		return l, err
 	}
 	if _, err := cluster(ctx, nil, "load", image, probe); err != nil {
-		return nil, err
+		return l, err
 	}
 	config, err := clientcmd.BuildConfigFromFlags("", l.dir+"/kubeconfig")
 	if err != nil {
-		return nil, err
+		return l, err
 	}
 	config.QPS = -1 // 80 pods at once
 	if l.kube, err = kubernetes.NewForConfig(config); err != nil {
-		return nil, err
+		return l, err
 	}
 	l.fabric = control.NewClient(l.dir + "/fabric.sock")
 	for _, node := range []int{1, 2} {
@@ -138,7 +142,7 @@ func begin(ctx context.Context, say func(string, ...any), keep bool) (*lab, erro
 			}
 		}
 		if err != nil {
-			return nil, err
+			return l, err
 		}
 		l.before[node] = string(b)
 	}

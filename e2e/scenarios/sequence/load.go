@@ -16,8 +16,8 @@ type Summary struct {
 	P50, P99, Max time.Duration
 }
 
-// maxFailures is enough to see what is wrong.
-const maxFailures = 50
+// maxFailures is enough to see what is wrong, and when.
+const maxFailures = 2000
 
 // Load runs workers that each begin a sequence every interval, until ctx is done. The requests of every second sequence share
 // a connection.
