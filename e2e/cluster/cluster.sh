@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # cluster.sh: a real Kubernetes of several nodes on one machine, in network namespaces without a way out.
 #
-#   up [NODES=2]            control plane, fabric and nodes; waits until all are Ready. What is up stays up.
+#   up [N]                  control plane, fabric and nodes; waits until all are Ready. What is up stays up.
+#                           N, or NODES of the environment, is 2 at first
 #   down                    removes everything, also what a dead run left
 #   node-up I, node-down I  a boot, and a power cut. I is 1 to 9
 #   k ARGS...               kubectl
@@ -41,7 +42,7 @@ API=https://172.30.0.1:6443
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
 
 up() {
-  local t=$SECONDS i n=${NODES:-2}
+  local t=$SECONDS i n=${1:-${NODES:-2}}
   case $n in [1-9]) ;; *) die "NODES is 1 to 9" ;; esac
   deps
   binaries
@@ -69,7 +70,7 @@ down() {
 
 main() {
   case ${1:-} in
-    up) up ;;
+    up) up "${2:-}" ;;
     down) down ;;
     node-up) index "$2"; alive "$DATA/kube-apiserver" || die "there is no cluster: $0 up"; node_start "$2"; node_ready "$2" ;;
     node-down) index "$2"; node_stop "$2" ;;

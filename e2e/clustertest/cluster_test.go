@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -161,6 +162,37 @@ func TestClusterDualStack(t *testing.T) {
 		}
 	}
 	c.AssertUntouched(t, mark, imds.Expected{NodeRole: true})
+}
+
+// Down finds what it must remove even when nobody remembers what there was.
+func TestClusterLeavesNothing(t *testing.T) {
+	ctx := t.Context()
+	const name = "imdsgate-left"
+	c, err := clustertest.Up(ctx, clustertest.Options{Name: name, Nodes: 1})
+	must(t, err)
+	must(t, c.Apply(ctx, workload("default", "default", false)))
+	_, err = c.Kubectl(ctx, "rollout", "status", "-n", "default", "daemonset/default", "--timeout=60s")
+	must(t, err)
+	list := func(command string) []string {
+		out, err := exec.CommandContext(ctx, "sh", "-c", command).Output()
+		must(t, err)
+		return strings.Fields(string(out))
+	}
+	const cgroups = "find /sys/fs/cgroup -type d -name " + name + "-node1"
+	pids := list("ip netns pids " + name + "-cp; ip netns pids " + name + "-node1; find $(" + cgroups + ") -name cgroup.procs -exec cat {} +")
+	if len(pids) < 10 || len(list(cgroups)) == 0 {
+		t.Fatalf("a cluster of %d processes", len(pids))
+	}
+	list("rm /var/tmp/" + name + "/*/*.pid /var/tmp/" + name + "/node1/cgroups")
+	must(t, c.Down(ctx))
+	for _, pid := range pids {
+		if stat, err := os.ReadFile("/proc/" + pid + "/stat"); err == nil && !strings.Contains(string(stat), ") Z ") {
+			t.Errorf("still there: %s", stat)
+		}
+	}
+	if left := list("ls -d /run/netns/" + name + "-* /var/tmp/" + name + " 2>/dev/null; grep -o '/var/tmp/" + name + "[^ ]*' /proc/self/mounts; " + cgroups + " || true"); len(left) != 0 {
+		t.Errorf("still there: %v", left)
+	}
 }
 
 // A node that loses its power and boots is the same Node, and its pods come back.
