@@ -4,7 +4,8 @@
 #     e2e/deploy/build-image.sh          # ~/.cache/imdsgate-e2e/images/imdsgate.tar, test.local/imdsgate:dev
 #
 # Its bases are made here: for the build stage busybox with this machine's Go, module cache and build cache; for the image
-# Debian's iptables without a shell. Nothing happens while nothing has changed. Needs root; installs what is missing.
+# Debian by mmdebstrap, and of that the Dockerfile's own stage with iptables, kept for the next build. Nothing happens while
+# nothing has changed. Needs root; installs what is missing.
 set -euo pipefail
 umask 022
 
@@ -39,15 +40,6 @@ work=$(mktemp -d)
 storage=(--storage-driver vfs --root "$work/storage" --runroot "$work/run")
 trap 'rm -rf "$work"' EXIT
 
-# The package's files alone: no maintainer script runs, no shell comes along.
-suite=$(. /etc/os-release; echo "$VERSION_CODENAME")
-base=$images/base-iptables-$suite.tar
-if [[ ! -s $base ]]; then
-  mmdebstrap --quiet --variant=extract --include=iptables "$suite" "$work/base.tar" >&2
-  mv "$work/base.tar" "$base"
-fi
-cp "$base" "$work/base.tar"
-printf 'FROM scratch\nADD base.tar /\n' >"$work/base.dockerfile"
 mkdir "$work/go"
 cp "$(command -v busybox)" "$work/go/busybox"
 cat >"$work/go.dockerfile" <<'F'
@@ -59,10 +51,27 @@ ENV PATH=/usr/local/go/bin:/bin GOPATH=/go GOCACHE=/go/cache GOTOOLCHAIN=local
 F
 
 bud() { buildah "${storage[@]}" bud --isolation chroot --pull-never --layers=false --quiet "$@" >&2; }
-bud -t localhost/base -f "$work/base.dockerfile" "$work"
+
+# Kept for as long as the Dockerfile is the same.
+suite=$(. /etc/os-release; echo "$VERSION_CODENAME")
+base=$images/base-$suite-$(sha256sum <"$top/Dockerfile" | cut -c1-16).tar
+if [[ -s $base ]]; then
+  buildah "${storage[@]}" pull --quiet "docker-archive:$base" >&2
+else
+  mkdir "$work/debian"
+  mmdebstrap --quiet --variant=apt --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
+    --dpkgopt='path-exclude=/usr/share/locale/*' "$suite" "$work/debian/base.tar" >&2
+  printf 'FROM scratch\nADD base.tar /\n' >"$work/debian/Dockerfile"
+  bud -t localhost/plain "$work/debian"
+  bud -t localhost/debian --target debian --build-arg BASE=localhost/plain --build-arg "TARGETARCH=$(go env GOARCH)" -f "$top/Dockerfile" "$work/debian"
+  rm -f "$images"/base-*.tar
+  buildah "${storage[@]}" push --quiet localhost/debian "docker-archive:$base.new:localhost/debian:latest" >&2
+  mv "$base.new" "$base"
+fi
+
 bud -t localhost/go -f "$work/go.dockerfile" "$work/go"
 mkdir -p "$(go env GOMODCACHE)" "$(go env GOCACHE)"
-bud -t "$tag" --build-arg GO=localhost/go --build-arg BASE=localhost/base --build-arg "TARGETARCH=$(go env GOARCH)" \
+bud -t "$tag" --build-arg GO=localhost/go --build-arg BASE=localhost/debian --build-arg "TARGETARCH=$(go env GOARCH)" \
   -v "$(go env GOROOT):/usr/local/go:ro" -v "$(go env GOMODCACHE):/go/pkg/mod" -v "$(go env GOCACHE):/go/cache" \
   --env "GOPROXY=$(go env GOPROXY)" --unsetenv GOPROXY -f "$top/Dockerfile" "$top"
 rm -f "$out.new"
