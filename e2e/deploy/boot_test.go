@@ -2,6 +2,7 @@ package deploy_test
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -50,7 +51,7 @@ func shell(t *testing.T, script string) string {
 	return string(out)
 }
 
-// The unit and bootcmd install what the daemon's guard is, whether once or twice, and -cleanup takes it away.
+// The unit, bootcmd and -guard-only install what the daemon's guard is, whether once or twice, and -cleanup takes it away.
 func TestBootRules(t *testing.T) {
 	t.Cleanup(func() {
 		if path, err := daemon(); err == nil {
@@ -78,6 +79,20 @@ func TestBootRules(t *testing.T) {
 			}
 		})
 	}
+	// As the chart's first container runs it: NET_ADMIN alone, no state directory, no iptables.
+	t.Run("-guard-only", func(t *testing.T) {
+		const run = `setpriv --no-new-privs --inh-caps=-all%[1]s --bounding-set=-all%[1]s env PATH= IMDSGATE_STATE_DIR=/nowhere "$IMDSGATE" -guard-only`
+		only := fmt.Sprintf(run, ",+net_admin") + " || exit\n"
+		for what, script := range map[string]string{"once": only, "twice": only + only, "beside the unit's": unit(t) + only} {
+			if diff := cmp.Diff(guard, shell(t, script+showRules)); diff != "" {
+				t.Errorf("%s: rules (-daemon's +these):\n%s", what, diff)
+			}
+		}
+		out := shell(t, fmt.Sprintf(run, "")+" 2>&1 && echo succeeded; "+showRules)
+		if !strings.Contains(out, "NET_ADMIN") || strings.Contains(out, "succeeded") || !strings.HasSuffix(out, before) {
+			t.Errorf("without its capability:\n%s", out)
+		}
+	})
 }
 
 // Without its rules the unit fails, and kubelet, which requires it, does not start.

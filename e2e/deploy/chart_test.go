@@ -54,16 +54,16 @@ func TestManifest(t *testing.T) {
 func TestPrivileges(t *testing.T) {
 	for _, c := range []struct {
 		args []string
-		want []corev1.Capability
+		want map[string][]corev1.Capability // of those that run as root
 	}{
-		{nil, []corev1.Capability{"NET_ADMIN"}},
-		{[]string{"--set", "iptables=legacy"}, []corev1.Capability{"NET_ADMIN", "NET_RAW"}},
-		{[]string{"--set", "mode=cleanup"}, []corev1.Capability{"NET_ADMIN", "NET_RAW"}},
+		{nil, map[string][]corev1.Capability{"guard": {"NET_ADMIN"}, "imdsgate": {"NET_ADMIN"}}},
+		{[]string{"--set", "iptables=legacy"}, map[string][]corev1.Capability{"guard": {"NET_ADMIN"}, "imdsgate": {"NET_ADMIN", "NET_RAW"}}},
+		{[]string{"--set", "mode=cleanup"}, map[string][]corev1.Capability{"cleanup": {"NET_ADMIN", "NET_RAW"}}},
 	} {
 		t.Run(strings.Join(c.args, " "), func(t *testing.T) {
 			_, all := template(t, "kube-system", c.args...)
 			pod := get[appsv1.DaemonSet](t, all, "DaemonSet").Spec.Template.Spec
-			root := 0
+			root := map[string][]corev1.Capability{}
 			for _, container := range slices.Concat(pod.InitContainers, pod.Containers) {
 				s := container.SecurityContext
 				if *s.AllowPrivilegeEscalation || !*s.ReadOnlyRootFilesystem || s.Privileged != nil && *s.Privileged || s.SeccompProfile.Type != "RuntimeDefault" {
@@ -73,10 +73,7 @@ func TestPrivileges(t *testing.T) {
 					t.Errorf("%s drops %s", container.Name, diff)
 				}
 				if *s.RunAsUser == 0 {
-					root++
-					if diff := cmp.Diff(c.want, s.Capabilities.Add); diff != "" {
-						t.Errorf("%s adds (-want +got)\n%s", container.Name, diff)
-					}
+					root[container.Name] = s.Capabilities.Add
 				} else if len(s.Capabilities.Add) > 0 {
 					t.Errorf("%s adds %v", container.Name, s.Capabilities.Add)
 				}
@@ -87,8 +84,8 @@ func TestPrivileges(t *testing.T) {
 					t.Errorf("%s declares ports: in the host network they are the node's, and two versions cannot share it", container.Name)
 				}
 			}
-			if root != 1 {
-				t.Errorf("%d containers run as root", root)
+			if diff := cmp.Diff(c.want, root); diff != "" {
+				t.Errorf("containers of root, and the capabilities that they add (-want +got):\n%s", diff)
 			}
 			if pod.HostPID || pod.HostIPC || !pod.HostNetwork || pod.PriorityClassName != "system-node-critical" || pod.Tolerations[0].Operator != "Exists" || pod.Tolerations[0].Key != "" {
 				t.Errorf("the pod is %+v", pod)
@@ -183,6 +180,36 @@ func TestValues(t *testing.T) {
 	}
 }
 
+// The first container of a pod installs the guard that the daemon then keeps: of the same image, configured alike, with nothing of
+// the node's files. Without a guard to keep there is none, and never before a cleanup.
+func TestGuardComesFirst(t *testing.T) {
+	_, all := template(t, "kube-system", "--set", "flags.guard-priority=7,flags.debug-addr=,extraArgs={-new=1},aws.region=eu-west-1")
+	pod := get[appsv1.DaemonSet](t, all, "DaemonSet").Spec.Template.Spec
+	if len(pod.InitContainers) != 1 {
+		t.Fatalf("init containers: %+v", pod.InitContainers)
+	}
+	guard, daemon := pod.InitContainers[0], pod.Containers[0]
+	if guard.Image != daemon.Image || len(guard.VolumeMounts) > 0 || guard.RestartPolicy != nil {
+		t.Errorf("the guard is %+v", guard)
+	}
+	if diff := cmp.Diff(append([]string{"-guard-only"}, daemon.Args...), guard.Args); diff != "" {
+		t.Errorf("arguments (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff(environment(daemon), environment(guard)); diff != "" || environment(guard)["IMDSGATE_GUARD_PRIORITY"] != "7" {
+		t.Errorf("environment (-daemon +guard):\n%s", diff)
+	}
+	for set, want := range map[string]string{"flags.guard=false": "", "mode=cleanup": "cleanup"} {
+		_, all := template(t, "kube-system", "--set", set)
+		names := ""
+		for _, c := range get[appsv1.DaemonSet](t, all, "DaemonSet").Spec.Template.Spec.InitContainers {
+			names += c.Name
+		}
+		if names != want {
+			t.Errorf("%s: init containers %q, want %q", set, names, want)
+		}
+	}
+}
+
 func environment(c corev1.Container) map[string]string {
 	env := map[string]string{}
 	for _, e := range c.Env {
@@ -235,6 +262,7 @@ func TestRefusals(t *testing.T) {
 		{"extraArgs={-port=80}", "set flags.port instead"},
 		{"extraArgs={--startup-taint=x}", "set startupTaint instead"},
 		{"extraArgs={-cleanup}", "the chart decides this flag"},
+		{"extraArgs={-guard-only}", "the chart decides this flag"},
 		{"extraArgs={oops}", "/extraArgs/0"},
 		{"extraEnv[0].name=IMDSGATE_ISSUER,extraEnv[0].value=x", "set flags instead"},
 		{"extraEnv[0].name=NODE_NAME,extraEnv[0].value=x", "the chart sets it"},
@@ -266,7 +294,7 @@ func TestFlags(t *testing.T) {
 	if err := yaml.Unmarshal(text, &values); err != nil {
 		t.Fatal(err)
 	}
-	chart := []string{"node", "host-ip", "kubeconfig", "state-dir", "probe-socket", "startup-taint", "cleanup", "check", "all", "probe", "version"}
+	chart := []string{"node", "host-ip", "kubeconfig", "state-dir", "probe-socket", "startup-taint", "cleanup", "check", "all", "guard-only", "probe", "version"}
 	known := maps.Clone(values.Flags)
 	for _, m := range regexp.MustCompile(`(?m)^  -([a-z0-9-]+).*\n +\t(.*)$`).FindAllStringSubmatch(string(help), -1) {
 		name, usage := m[1], m[2]

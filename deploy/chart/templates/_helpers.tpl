@@ -53,7 +53,7 @@ system:serviceaccount:{{ .Release.Namespace }}:{{ include "imdsgate.serviceAccou
   {{- $name := regexReplaceAll "^--?" . "" | splitList "=" | first }}
   {{- if hasKey $f $name }}{{ fail (printf "extraArgs %q: set flags.%s instead" . $name) }}{{ end }}
   {{- if eq $name "startup-taint" }}{{ fail (printf "extraArgs %q: set startupTaint instead, which also grants the permission" .) }}{{ end }}
-  {{- if has $name (list "node" "host-ip" "kubeconfig" "state-dir" "probe-socket" "cleanup" "check" "all" "probe" "version") }}{{ fail (printf "extraArgs %q: the chart decides this flag" .) }}{{ end }}
+  {{- if has $name (list "node" "host-ip" "kubeconfig" "state-dir" "probe-socket" "cleanup" "check" "all" "guard-only" "probe" "version") }}{{ fail (printf "extraArgs %q: the chart decides this flag" .) }}{{ end }}
 {{- end }}
 {{- range $v.extraEnv }}
   {{- if hasPrefix "IMDSGATE_" .name }}{{ fail (printf "extraEnv %s: set flags instead, so that permissions and policies follow" .name) }}{{ end }}
@@ -102,9 +102,8 @@ the arguments set. */ -}}
 - {name: state, mountPath: /run/imdsgate}
 {{- end }}
 
-{{- /* A cleanup looks for rules in both back ends, whichever was used. */ -}}
+{{- /* Of root, who uses iptables-legacy or not: a cleanup looks for rules in both back ends, the guard needs neither. */ -}}
 {{- define "imdsgate.securityContext" -}}
-{{- $raw := or (eq .Values.iptables "legacy") (eq .Values.mode "cleanup") -}}
 runAsUser: 0 # iptables and the state directory are root's
 runAsGroup: 0
 privileged: false
@@ -114,7 +113,7 @@ capabilities:
   drop: [ALL]
   add:
     - NET_ADMIN # routing rules, iptables, conntrack
-    {{- if $raw }}
+    {{- if first . }}
     - NET_RAW # iptables-legacy reads its tables through a raw socket
     {{- end }}
 seccompProfile: {type: RuntimeDefault}
