@@ -428,7 +428,10 @@ func (p *Policy) compileGlobs(list string) ([]string, error) {
 		return nil, fmt.Errorf("it has more than %d patterns", maxGlobs)
 	}
 	for i, glob := range globs {
-		if !strings.HasPrefix(glob, "arn:") && p.BaseRoleARN == "" {
+		if p.BaseRoleARN == "" {
+			if strings.HasPrefix(glob, "arn:") || strings.HasPrefix(glob, "*") {
+				continue // as kube2iam without a base ARN: "*" is every role of every account
+			}
 			return nil, fmt.Errorf("pattern %s does not begin with arn:, and imdsgate runs without -base-role-arn, which would complete it", quoted(glob))
 		}
 		globs[i] = complete(p.BaseRoleARN, glob)

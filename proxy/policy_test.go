@@ -248,7 +248,9 @@ func TestNamespacePolicy(t *testing.T) {
 		{name: "empty list", modes: globs, annotations: allowed(`[]`), no: []string{role + "r"}, text: []string{"does not permit role " + role + "r"}},
 		{name: "null", modes: globs, annotations: allowed(`null`), no: []string{role + "r"}},
 		{name: "empty pattern", modes: globs, annotations: allowed(`[""]`), no: []string{role + "r"}},
-		{name: "no base", modes: globs, noBase: true, annotations: allowed(`["*"]`), no: []string{role + "r"}, text: []string{"-base-role-arn", `"*"`}},
+		{name: "no base", modes: globs, noBase: true, annotations: allowed(`["team/*"]`), no: []string{role + "team/r"}, text: []string{"-base-role-arn", `"team/*"`}},
+		{name: "any of every account", modes: globs, noBase: true, annotations: allowed(`["*"]`), yes: []string{role + "r", other + "team/r"}},
+		{name: "an end without a base", modes: globs, noBase: true, annotations: allowed(`["*/team/r"]`), yes: []string{role + "team/r"}, no: []string{role + "r"}},
 		{name: "no base, ARNs", modes: globs, noBase: true, annotations: allowed(`["arn:aws:iam::111111111111:role/*"]`), yes: []string{role + "r"}, no: []string{other + "r"}},
 
 		// kiam's regular expressions
