@@ -49,7 +49,7 @@ type Config struct {
 
 	// What to do instead of serving.
 	Cleanup, Check, All, GuardOnly, Probe, Version bool
-	Args                                []string
+	Args                                           []string
 }
 
 // list is a comma-separated flag value that may also be given more than once.
