@@ -37,17 +37,15 @@ type scenario struct {
 	packets  map[imds.Packets]int
 }
 
-// begin starts a scenario. At its end the real metadata endpoint is asked who reached it.
+// beginScenario starts a scenario, which may take so long. At its end the real metadata endpoint is asked who reached it.
 func beginScenario(t *testing.T, limit time.Duration) *scenario {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	// Not the test's: that one ends before what is to be cleaned up.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), limit)
 	t.Cleanup(cancel)
 	s := &scenario{T: t, lab: shared, ctx: ctx, start: time.Now()}
 	s.breach()
-	t.Cleanup(func() {
-		s.ctx = context.WithoutCancel(ctx)
-		s.sealed()
-	})
+	t.Cleanup(s.sealed)
 	return s
 }
 
@@ -184,13 +182,19 @@ func (s *scenario) helm(args ...string) string {
 // install brings the release to the chart's defaults and these values, and waits until every node is served.
 func (s *scenario) install(set ...string) string {
 	s.Helper()
+	notes := s.upgrade(set...)
+	s.rolledOut()
+	return notes
+}
+
+// upgrade is install without waiting.
+func (s *scenario) upgrade(set ...string) string {
+	s.Helper()
 	args := append([]string{"upgrade", "--install", release, chart, "--reset-values"}, s.base()...)
 	for _, v := range set {
 		args = append(args, "--set-json", v)
 	}
-	out := s.helm(args...)
-	s.rolledOut()
-	return out
+	return s.helm(args...)
 }
 
 func (s *scenario) rolledOut() {

@@ -84,44 +84,40 @@ func TestScenarioBoot(t *testing.T) {
 	}
 	s.sealed()
 
-	boot := func(env string) {
+	boot := func() {
 		t.Helper()
-		_, err := cluster(s.ctx, nil, "node-down", strconv.Itoa(node))
-		s.must(err)
-		_, err = cluster(s.ctx, []string{env}, "node-up", strconv.Itoa(node))
-		s.must(err)
+		for _, power := range []string{"node-down", "node-up"} {
+			_, err := cluster(s.ctx, nil, power, strconv.Itoa(node))
+			s.must(err)
+		}
 	}
 	s.must(os.WriteFile(filepath.Join(dir, "boot"), []byte(bootScript(t)), 0o755)) //nolint:gosec // a program
-	boot("")
+	boot()
 	served("guard at boot", 1)
 	s.sealed()
 
+	// The daemon is late, so that pods do get what is the node's before.
+	s.helm("uninstall", release)
+	s.gone()
+	s.sealed()
 	s.must(os.Remove(filepath.Join(dir, "boot")))
-	guarded := make(chan struct{})
-	go func() {
-		defer close(guarded)
-		for s.ctx.Err() == nil {
-			out, err := cluster(s.ctx, nil, "in", nodeName(node), "ip", "-4", "rule")
-			if err == nil && strings.Contains(out, "unreachable") {
-				return
-			}
-		}
-	}()
-	_, err = cluster(s.ctx, nil, "node-down", strconv.Itoa(node))
-	s.must(err)
-	up := make(chan error, 1)
-	go func() {
-		_, err := cluster(s.ctx, nil, "node-up", strconv.Itoa(node))
-		up <- err
-	}()
-	<-guarded
-	early := s.reached()
+	boot()
+	for i := range pods {
+		s.waitPod(ns, name(i), func(p *corev1.Pod) bool { return running(p) && p.Status.ContainerStatuses[0].RestartCount >= 2 })
+		s.askUntil(ns, name(i), "open", func(r sequence.Result) bool {
+			return r.Kind == sequence.OK && s.owner(r.AccessKeyID).NodeIndex == node
+		})
+	}
+	early := len(s.reached())
+	s.upgrade()
+	for !strings.Contains(s.onNode(node, "ip", "-4", "rule"), "unreachable") {
+	}
 	s.breach()
-	s.must(<-up)
+	s.rolledOut()
 	served("unguarded boot", 2)
 	s.sealed()
-	s.figures("new Node with the startup taint: %d of %d pods served by their first answer, scheduled after the taint was gone; first answers with the guard at boot: %v, nothing reached the endpoint; without both: %v, %d requests and flows before the guard was in and none after",
-		first["new"][sequence.OK], pods, first["guard at boot"], first["unguarded boot"], len(early))
+	s.figures("new Node with the startup taint: %d of %d pods served by their first answer, scheduled after the taint was gone; first answers with the guard at boot: %v, nothing reached the endpoint; without both and with a late daemon: pods had the node's credentials (%d requests and flows), and nothing reached the endpoint once the guard was in",
+		first["new"][sequence.OK], pods, first["guard at boot"], early)
 }
 
 // untainted returns the version of the Node at which it lost the taint that it had.

@@ -3,7 +3,6 @@ package scenarios
 import (
 	"context"
 	"fmt"
-	"maps"
 	"slices"
 	"testing"
 	"time"
@@ -13,30 +12,6 @@ import (
 
 	"github.com/imdsgate/imdsgate/e2e/scenarios/sequence"
 )
-
-// Forty pods one after another, on both nodes in turn, whose first instruction asks for credentials once, with a second for each
-// request as boto3: all get their own.
-func TestScenarioFirstInstruction(t *testing.T) {
-	s := beginScenario(t, 4*time.Minute)
-	s.install()
-	const ns, pods = "first", 40
-	role := s.role("first/app")
-	s.newNamespace(ns, allowed(role))
-	s.serviceAccount(ns, "app", role)
-	var took []time.Duration
-	served := 0
-	for i := range pods {
-		r := s.once(podSpec{namespace: ns, name: fmt.Sprint("p", i), account: "app", node: 1 + i%2})
-		s.holds(r, role)
-		if r.Kind == sequence.OK {
-			served++
-		}
-		took = append(took, r.Took)
-	}
-	slices.Sort(took)
-	s.figures("%d of %d first instructions served; a sequence took %s at the median, %s at most", served, pods,
-		round(took[pods/2]), round(took[pods-1]))
-}
 
 // Five hundred short-lived pods in bursts of 30 and 80, each of which asks once. None ever gets what is not its own. A refusal is
 // no failure here: nobody knows a pod's IP before its kubelet has told the API server.
@@ -91,6 +66,9 @@ func TestScenarioBursts(t *testing.T) {
 					kind = fmt.Sprintf("%s %d at %s", kind, o.r.Code, o.r.Step)
 				}
 				kinds[kind]++
+				if o.r.Kind == sequence.Cut {
+					t.Errorf("a connection was cut: %s", o.r.Brief())
+				}
 				took = append(took, o.r.Took)
 			}
 		}
@@ -100,19 +78,6 @@ func TestScenarioBursts(t *testing.T) {
 	if len(all) != 500 {
 		t.Errorf("%d pods instead of 500", len(all))
 	}
-	for _, kind := range slices.Sorted(maps.Keys(countKinds(all, func(o outcome) string { return o.r.Kind }))) {
-		if kind == sequence.Cut {
-			t.Errorf("a connection was cut")
-		}
-	}
-}
-
-func countKinds[T any](all []T, kind func(T) string) map[string]int {
-	n := map[string]int{}
-	for _, o := range all {
-		n[kind(o)]++
-	}
-	return n
 }
 
 // eachPod hands over every state of the selection's pods until done.
@@ -134,5 +99,3 @@ func (s *scenario) eachPod(ns, labels string, done func(*corev1.Pod) bool) error
 	}
 	return ctx.Err()
 }
-
-func round(d time.Duration) time.Duration { return d.Round(100 * time.Microsecond) }
