@@ -26,8 +26,8 @@
 // otherwise, the fewer tokens of an IP's earlier holder count. It is the latest of three bounds (TestSince):
 //
 //   - status.startTime, to the second: the kubelet, whose clock is this node's, writes it before it makes the sandbox.
-//   - The start of the pod's first container, to the second, while no container has restarted: nobody in the pod can ask for
-//     a token before. A pod that was Pending for an hour is bounded by this one; startTime would leave the hour open.
+//   - The start of the pod's first container, less 10 s, while no container has restarted: nobody in the pod can ask for a
+//     token before, but containerd notes the start only after the process has begun. A pod that was Pending for an hour is bounded by this one; startTime would leave the hour open.
 //   - For pods that a watch told of: the moment it did, less 5 s for its delay. While the watch catches up after it was away,
 //     the moment it went away, less 5 s. TestFirstSeen, TestFirstSeenByTheWatch
 //

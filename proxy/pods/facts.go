@@ -33,7 +33,7 @@ type facts struct {
 	terminating bool
 	ended       bool      // its containers will never run again
 	started     time.Time // status.startTime: the kubelet took it on
-	firstRun    time.Time // when its first container started; zero if unknown or if one restarted
+	firstRun    time.Time // before its first container started; zero if unknown or if one restarted
 }
 
 // serving reports whether the pod can ask us for credentials, now or later.
@@ -96,7 +96,12 @@ func containersEnded(s *corev1.PodStatus) bool {
 		!slices.ContainsFunc(s.InitContainerStatuses, running) && !slices.ContainsFunc(s.EphemeralContainerStatuses, running)
 }
 
-// firstRun is when the first container of a pod started. With a restart that moment is forgotten: then it is zero.
+// startDelay is how much later than a container's first instruction its startedAt may be. containerd notes it when its call to
+// start the process has returned: up to seconds late on a node that starts 80 pods at once, where a pod's first token was
+// taken for that of an IP's earlier holder, between the list and the document.
+const startDelay = 10 * time.Second
+
+// firstRun is a time before the first container of a pod started. With a restart that moment is forgotten: then it is zero.
 func firstRun(s *corev1.PodStatus) time.Time {
 	var first time.Time
 	for _, c := range slices.Concat(s.InitContainerStatuses, s.ContainerStatuses) {
@@ -115,7 +120,10 @@ func firstRun(s *corev1.PodStatus) time.Time {
 			first = at.Time
 		}
 	}
-	return first
+	if first.IsZero() {
+		return first
+	}
+	return first.Add(-startDelay)
 }
 
 // keep returns the named annotations, cut to limit.

@@ -44,12 +44,15 @@ func TestSince(t *testing.T) {
 		}, want: time.Time{}},
 		{name: "long Pending: its first container bounds it", statuses: []status{
 			{start: at(-time.Hour), main: []container{{startedAt: at(-time.Minute)}}},
-		}, want: sec.Add(-time.Minute)},
+		}, want: sec.Add(-time.Minute - startDelay)},
+		{name: "noted as started after it has got a token, in the second before", statuses: []status{
+			{start: at(-time.Hour), main: []container{{startedAt: at(0)}}},
+		}, want: sec.Add(-startDelay)},
 		{name: "the earliest of all, init containers too", statuses: []status{{
 			start: at(-time.Hour),
 			init:  []container{{startedAt: at(-10 * time.Minute), terminated: true}},
 			main:  []container{{startedAt: at(-time.Minute)}, {}},
-		}}, want: sec.Add(-10 * time.Minute)},
+		}}, want: sec.Add(-10*time.Minute - startDelay)},
 		{name: "restarted: nobody knows when it first ran", statuses: []status{
 			{start: at(-time.Hour), main: []container{{startedAt: at(-time.Minute), restarts: 1}}},
 		}, want: sec.Add(-time.Hour)},
@@ -64,11 +67,11 @@ func TestSince(t *testing.T) {
 		}, want: sec.Add(-time.Hour)},
 		{name: "gets better with what becomes known", statuses: []status{
 			{start: at(-time.Hour)}, {start: at(-time.Hour), main: []container{{startedAt: at(time.Minute)}}, at: 2 * time.Minute},
-		}, want: sec.Add(time.Minute)},
+		}, want: sec.Add(time.Minute - startDelay)},
 		{name: "and stays when it is forgotten", statuses: []status{
 			{start: at(-time.Hour), main: []container{{startedAt: at(-time.Minute)}}},
 			{start: at(-time.Hour), main: []container{{startedAt: at(0), restarts: 1}}, at: time.Minute},
-		}, want: sec.Add(-time.Minute)},
+		}, want: sec.Add(-time.Minute - startDelay)},
 		{name: "later than seen", seen: now.Add(-catchUp), statuses: []status{
 			{}, {start: at(0), at: time.Second},
 		}, want: sec},
