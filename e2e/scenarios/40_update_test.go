@@ -2,7 +2,6 @@ package scenarios
 
 import (
 	"fmt"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -33,9 +32,10 @@ func TestScenarioUpdateUnderLoad(t *testing.T) {
 		s.waitPod(ns, name, running)
 		s.holds(s.ask(ns, name), roles[i])
 	}
+	const workers, interval = 4, 120 * time.Millisecond // of each of the four pods
 	start := time.Now()
 	for i, role := range roles {
-		loads = append(loads, s.load(ns, fmt.Sprint("p", i), role, 4, 120*time.Millisecond))
+		loads = append(loads, s.load(ns, fmt.Sprint("p", i), role, workers, interval))
 	}
 	handovers := 0
 	chains := map[int]string{}
@@ -66,15 +66,12 @@ func TestScenarioUpdateUnderLoad(t *testing.T) {
 			s.rolledOut()
 		})
 	}
-	// The load goes on until it is large enough.
+	// The load goes on until it is large enough, at nine tenths of its rate.
 	const enough = 10_000
-	for estimate := 0; estimate < enough+500; {
-		estimate = int(time.Since(start)/(120*time.Millisecond)) * 16 * 9 / 10
-		select {
-		case <-s.ctx.Done():
-			t.Fatal(s.ctx.Err())
-		case <-time.After(100 * time.Millisecond):
-		}
+	select {
+	case <-s.ctx.Done():
+		t.Fatal(s.ctx.Err())
+	case <-time.After(time.Until(start.Add(enough * interval / (4 * workers) * 10 / 9))):
 	}
 	total, failed := 0, 0
 	var p50, p99, longest time.Duration
@@ -83,7 +80,7 @@ func TestScenarioUpdateUnderLoad(t *testing.T) {
 		total += sum.Sequences
 		failed += sum.Sequences - sum.Kinds[sequence.OK]
 		p50, p99, longest = max(p50, sum.P50), max(p99, sum.P99), max(longest, sum.Max)
-		for _, f := range slices.Clip(sum.Failures)[:min(5, len(sum.Failures))] {
+		for _, f := range sum.Failures[:min(5, len(sum.Failures))] {
 			t.Errorf("%s: at %s after %s: %s", l.pod, f.At.Format("15:04:05.000"), f.Took, f.Brief())
 		}
 	}
@@ -97,6 +94,7 @@ func TestScenarioUpdateUnderLoad(t *testing.T) {
 	}
 }
 
+// logDaemons shows what the daemons wrote last.
 func (s *scenario) logDaemons() {
 	logs, _ := s.tryKubectl("-n", namespace, "logs", "-l", "app.kubernetes.io/name="+release, "--tail=40", "--prefix")
 	s.Log(logs)

@@ -117,19 +117,32 @@ func TestScenarioCapabilities(t *testing.T) {
 		file := filepath.Join(t.TempDir(), "manifest.yaml")
 		s.must(os.WriteFile(file, []byte(line.ReplaceAllString(text, "")), 0o600))
 		s.kubectl("-n", namespace, "apply", "-f", file)
+		t.Cleanup(func() {
+			if t.Failed() { // for the scenarios that follow; otherwise it is gone, and the same names are the release's
+				s.kubectl("-n", namespace, "delete", "-f", file, "--ignore-not-found", "--wait=false")
+			}
+		})
+		pod, container := "", ""
 		failed := func(p *corev1.Pod) bool {
-			cs := p.Status.ContainerStatuses
-			return len(cs) > 0 && cs[0].RestartCount > 0
+			for _, cs := range slices.Concat(p.Status.InitContainerStatuses, p.Status.ContainerStatuses) {
+				if t := cs.LastTerminationState.Terminated; t != nil && t.ExitCode != 0 {
+					pod, container = p.Name, cs.Name
+					return true
+				}
+			}
+			return false
 		}
-		pod := ""
-		err := s.eachPod(namespace, "app.kubernetes.io/name="+release, func(p *corev1.Pod) bool { pod = p.Name; return failed(p) })
-		logs, _ := s.tryKubectl("-n", namespace, "logs", pod, "--previous")
+		err := s.eachPod(namespace, "app.kubernetes.io/name="+release, failed)
+		logs, _ := s.tryKubectl("-n", namespace, "logs", pod, "-c", container, "--previous")
 		if err != nil || !strings.Contains(logs, capability) {
 			t.Errorf("without %s: %v, and the log does not name it:\n%s", capability, err, logs)
 		}
 		found = append(found, fmt.Sprintf("without %s: %q", capability, regexp.MustCompile(`give the container[^"]*`+capability).FindString(logs)))
 		s.kubectl("-n", namespace, "delete", "-f", file, "--wait=false")
 		s.gone()
+	}
+	if t.Failed() {
+		return
 	}
 	s.install()
 	s.breach()
