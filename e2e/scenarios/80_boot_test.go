@@ -91,7 +91,7 @@ func TestScenarioBoot(t *testing.T) {
 			s.must(err)
 		}
 	}
-	s.must(os.WriteFile(filepath.Join(dir, "boot"), []byte(bootScript(t)), 0o755)) //nolint:gosec // a program
+	s.must(os.WriteFile(filepath.Join(dir, "boot"), []byte(bootScript(t)), 0o755))
 	boot()
 	served("guard at boot", 1)
 	s.sealed()

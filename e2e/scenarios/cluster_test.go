@@ -14,7 +14,6 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/watch"
@@ -24,8 +23,6 @@ import (
 	"github.com/imdsgate/imdsgate/e2e/imds"
 	"github.com/imdsgate/imdsgate/e2e/scenarios/sequence"
 )
-
-var exists = apierrors.IsAlreadyExists
 
 // scenario is one test's view of the cluster.
 type scenario struct {

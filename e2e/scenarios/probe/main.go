@@ -9,6 +9,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -24,29 +25,29 @@ import (
 const limit = time.Second
 
 func main() {
-	// The machine that builds it may have a real metadata endpoint: this runs at its place in the image and nowhere else.
-	if self, err := os.Executable(); err != nil || self != "/probe" || os.Getenv("KUBERNETES_SERVICE_HOST") == "" {
-		fmt.Fprintln(os.Stderr, "probe: this is not a pod")
-		os.Exit(1)
-	}
-	if len(os.Args) > 1 && os.Args[1] == "once" { // the first instruction
-		b, _ := json.Marshal(sequence.Run(context.Background(), limit, true))
-		fmt.Println(string(b))
-		os.WriteFile("/dev/termination-log", b, 0o644)
-		return
-	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	err := run(ctx, os.Args[1:])
 	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "probe:", err)
-		os.Exit(1)
+		os.Exit(1) //nolint:forbidigo // a main of its own
 	}
 }
 
 func run(ctx context.Context, args []string) error {
+	// The machine that builds it may have a real metadata endpoint: this runs at its place in the image and nowhere else.
+	if self, err := os.Executable(); err != nil || self != "/probe" || os.Getenv("KUBERNETES_SERVICE_HOST") == "" {
+		return errors.New("this is not a pod")
+	}
 	out := json.NewEncoder(os.Stdout)
 	switch {
+	case len(args) == 1 && args[0] == "once":
+		b, err := json.Marshal(sequence.Run(ctx, limit, true))
+		if err != nil {
+			return err
+		}
+		fmt.Println(string(b))
+		return os.WriteFile("/dev/termination-log", b, 0o600) // it exists
 	case len(args) == 1 && args[0] == "idle":
 		<-ctx.Done()
 		return nil
@@ -77,7 +78,7 @@ func run(ctx context.Context, args []string) error {
 		}
 		ctx, cancel := context.WithCancel(ctx)
 		go func() {
-			io.Copy(io.Discard, os.Stdin)
+			_, _ = io.Copy(io.Discard, os.Stdin)
 			cancel()
 		}()
 		return out.Encode(sequence.Load(ctx, workers, interval, limit))

@@ -78,7 +78,7 @@ func (s *asker) run(ctx context.Context) Result {
 		failed.Step = "document"
 		return *failed
 	}
-	var document struct{ Code, AccessKeyId, SecretAccessKey, Token string } //nolint:revive // AWS's name
+	var document struct{ Code, AccessKeyId, SecretAccessKey, Token string }
 	if err := json.Unmarshal([]byte(text), &document); err != nil || document.Code != "Success" ||
 		document.SecretAccessKey == "" || document.Token == "" {
 		return Result{Kind: Status, Step: "document", Code: http.StatusOK, Text: "not a document of credentials"}
