@@ -51,7 +51,7 @@ test-clients: cluster-bins ## real AWS SDKs and CLIs in pods of a lab node (root
 
 test-cluster: cluster-bins ## the chart on a real cluster of real kubelets (root)
 	@mkdir -p $(OUT)
-	cd e2e && $(GOTESTSUM) --jsonfile $(OUT)/cluster.json -- -count=1 -p 1 -timeout 40m ./clustertest/... ./scenarios/...
+	cd e2e && $(GOTESTSUM) --format standard-verbose --jsonfile $(OUT)/cluster.json -- -count=1 -p 1 -timeout 40m ./clustertest/... ./scenarios/...
 
 test-minio: deps ## once with a server nobody here wrote: MinIO as STS and S3 (builds it first, about 10 minutes)
 	@mkdir -p $(OUT)
