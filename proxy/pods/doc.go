@@ -1,29 +1,59 @@
 // Package pods knows who holds an IP. It follows the pods of one node, and the service accounts and namespaces that these
-// pods use, through client-go; it decides about a pod when one of its objects changes, so that a request only reads. It
-// implements proxy.CallerFinder and proxy.Reporter, makes web identity tokens, and yields the keys that the cache keeps.
+// pods use, through client-go, and the CNI results that the node's container runtime keeps; it decides about a pod when one
+// of these changes, so that a request only reads. It implements proxy.CallerFinder and proxy.Reporter, makes web identity
+// tokens, and yields the keys that the cache keeps.
 //
 // # Rules
 //
 //  1. Only pods of this node, and only service accounts and namespaces that they use, are watched: one watch each, as long
 //     as there is a pod. Nothing grows with the cluster. TestWatchesAreCounted
-//  2. A pod is found by every IP of its status. Pods in the node's network, ended pods and other nodes' pods never are.
-//     TestFindByIP. A terminating pod keeps access until its containers have ended. TestContainersEnded
-//  3. An IP belongs to the single pod that is not terminating, else to the single one that is. Two of a kind: nobody gets
-//     anything. TestHolder. An IP that is reused before the kubelet's status reaches us can therefore be misread for that long.
+//  2. A pod is found by every IP of its status and of its CNI results. Pods in the node's network, ended pods and other
+//     nodes' pods never are. TestFindByIP. A terminating pod keeps access until its containers have ended. TestContainersEnded
+//  3. An IP belongs to the pod of the newest CNI result for it (see below). Without any it belongs to the single pod that is
+//     not terminating, else to the single one that is. Two of a kind: nobody gets anything. TestClaims, TestHolder. An IP
+//     that is reused before the kubelet's status reaches us can be misread for that long, but only without CNI results.
 //  4. Nothing is decided before the pod, its service account and its namespace were seen or found absent: a default would be
 //     a guess. kube2iam's guess gave pods the default role. TestWait, TestForbidden
 //  5. Waiting is for events, never polling, and an event wakes those alone whose IP it concerns. TestWait,
-//     TestWakesOnlyThoseConcerned
+//     TestWakesOnlyThoseConcerned, TestResultWakes
 //  6. A change of an annotation, or of the existence of an object, is effective with its event. TestDecisionFollowsObjects
 //  7. What is known stays known while the API server is away; what happened meanwhile is known after it. TestReconnect
 //  8. Find takes no lock and does not allocate. TestFindWhileThingsChange
-//  9. Objects may hold anything: no panic, bounded memory. TestKeep, FuzzPodFacts
+//  9. Objects and files may hold anything: no panic, bounded memory. TestKeep, TestFlood, FuzzPodFacts, FuzzResult
 //  10. Run leaves nothing behind. TestRunEnds
+//
+// # CNI results
+//
+// libcni writes the result of every network of a sandbox to a file before the sandbox counts as made, so before the pod's
+// first container starts; the API server tells of the IP up to seconds later. The file names the pod's UID, by which it joins
+// the pod that has been known since it was bound. The rule (TestClaims):
+//
+//   - The newest result for an IP, by the file's time, names its holder. If that pod is not known, has ended or is not decided
+//     yet, the request is held; it is never another's.
+//   - If the API server shows another pod that stays (not terminating) with that IP, the result wins where that pod had a
+//     result for it too: an older one, or one that was removed. Where it never had one, nobody is served.
+//   - Two results of one time for two pods, or an older one that was seen to come later (the clock was set back): nobody is.
+//   - Results for an IP that are gone count no more; then the API server's word stands alone. What cannot be read, is empty or
+//     cut off says nothing until its next event. What is older than the node's boot never does: sandboxes end with it, and
+//     pods that the API server confirms are served on its word.
+//   - A static pod has the UID that its mirror's annotation kubernetes.io/config.mirror holds.
+//
+// Whoever writes there is believed about who is who. So the directory and each file must belong to root and be writable by
+// nobody else; links and whatever is no regular file are ignored, as is what has more than 256 KiB; the newest 4,096 count.
+// TestDirectoryIsTrusted, TestFlood. The directory may come and go; without it, and without inotify, the API server's word
+// remains. TestResultWakes, TestWithoutInotify
+//
+// What runtimes write was read in the sources of libcni (kind cniCacheV1, named network-container-interface, written after
+// the last plugin's ADD and removed after the last one's DEL, which frees the IP: so a new holder's file may come before the
+// old one goes) and of ocicni, which CRI-O uses: its InitCNI keeps the default directory /var/lib/cni/results, and it passes
+// K8S_POD_NAMESPACE, K8S_POD_NAME and K8S_POD_UID (older ones no UID: such files are ignored). containerd's files were looked
+// at on a real cluster; CRI-O was not run.
 //
 // # When a pod began to use its IP
 //
 // Caller.Since must never be later than the pod's own first session token, or the pod would be refused; the later it is
-// otherwise, the fewer tokens of an IP's earlier holder count. It is the latest of three bounds (TestSince):
+// otherwise, the fewer tokens of an IP's earlier holder count. For an IP with a CNI result it is the result's time, to the
+// second, unless that lies in the future (TestResultTime), or else one of these, whichever is latest (TestSince):
 //
 //   - status.startTime, to the second: the kubelet, whose clock is this node's, writes it before it makes the sandbox.
 //   - The start of the pod's first container, less 10 s, while no container has restarted: nobody in the pod can ask for a

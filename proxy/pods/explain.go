@@ -64,7 +64,7 @@ func (p *Pods) All() []Explanation {
 func (p *Pods) explain(r *resident) Explanation {
 	e := Explanation{
 		Namespace: r.pod.Namespace, Name: r.pod.Name, UID: r.pod.UID, ServiceAccount: r.pod.ServiceAccount,
-		IPs: r.ips, Since: r.since, Decision: DecisionNone,
+		IPs: p.ipsOf(r), Since: r.since, Decision: DecisionNone,
 	}
 	step := func(format string, args ...any) { e.Steps = append(e.Steps, fmt.Sprintf(format, args...)) }
 
@@ -104,15 +104,17 @@ func (p *Pods) explain(r *resident) Explanation {
 	} else {
 		step("not decided yet: %v", proxy.ErrIncomplete)
 	}
-	if len(r.ips) == 0 {
+	if len(e.IPs) == 0 {
 		step("it has no IP yet")
 	}
-	for _, ip := range r.ips {
+	for _, ip := range e.IPs {
 		switch a, _ := p.holder(ip); {
 		case a.err != nil:
 			step("requests from %s are refused: %v", ip, a.err)
-		case a.caller != r.caller:
+		case a.caller.Pod.UID != r.pod.UID:
 			step("requests from %s are another pod's: this one is on its way out", ip)
+		case a.source == sourceCNI:
+			step("requests from %s are its own, since %s, by the node's CNI results", ip, a.caller.Since.UTC().Format(time.RFC3339))
 		default:
 			step("requests from %s are its own", ip)
 		}

@@ -29,7 +29,8 @@ type facts struct {
 	node        string
 	phase       corev1.PodPhase
 	hostNetwork bool
-	ownSource   bool // its SDKs get credentials without asking the metadata endpoint
+	ownSource   bool   // its SDKs get credentials without asking the metadata endpoint
+	static      string // of a mirror: the UID of its static pod
 	terminating bool
 	ended       bool      // its containers will never run again
 	started     time.Time // status.startTime: the kubelet took it on
@@ -53,8 +54,11 @@ func podFacts(o *corev1.Pod) facts {
 		ownSource:   slices.ContainsFunc(o.Spec.Containers, ownSource) || slices.ContainsFunc(o.Spec.InitContainers, ownSource),
 		firstRun:    firstRun(&o.Status),
 	}
-	if _, mirror := o.Annotations[corev1.MirrorPodAnnotationKey]; mirror {
+	if static, mirror := o.Annotations[corev1.MirrorPodAnnotationKey]; mirror {
 		f.pod.ServiceAccount = "" // a static pod, whatever else is written into the API server's copy
+		if len(static) <= maxResultName {
+			f.static = strings.Clone(static)
+		}
 	}
 	f.ended = f.phase == corev1.PodSucceeded || f.phase == corev1.PodFailed || f.terminating && containersEnded(&o.Status)
 	if t := o.Status.StartTime; t != nil {

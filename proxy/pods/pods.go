@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/time/rate"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/client-go/rest"
@@ -20,7 +21,7 @@ import (
 	"github.com/imdsgate/imdsgate/proxy"
 )
 
-// Options are what New needs. All are required but OnChange.
+// Options are what New needs. All are required but OnChange and CNIResults.
 type Options struct {
 	Config  *rest.Config // rate limit and content type are set here
 	Node    string       // spec.nodeName of the pods that are served
@@ -30,6 +31,8 @@ type Options struct {
 	// OnChange is told that the keys of a service account's pods may have changed: a pod came or went, or one of the
 	// objects that decide changed. It is called from several goroutines, without locks held; events wait while it runs.
 	OnChange func(namespace, serviceAccount string)
+	// CNIResults is libcni's directory of results, the second source of who holds an IP. Empty: the API server alone.
+	CNIResults string
 }
 
 // Pods knows the pods of one node, their service accounts and their namespaces. It is safe for concurrent use.
@@ -45,6 +48,10 @@ type Pods struct {
 	waiting  waiting
 	count    atomic.Int64
 	synced   chan struct{} // closed when it is
+	results  *results      // nil: off
+	found    [sources]prometheus.Counter
+
+	ambiguous rate.Sometimes // log lines about IPs
 
 	// table answers Find. It is never changed, only replaced; nil until the pods were listed.
 	table atomic.Pointer[map[netip.Addr]answer]
@@ -52,6 +59,7 @@ type Pods struct {
 	mu         sync.Mutex           // guards what follows; never taken by Find
 	pods       map[string]*resident // by UID
 	byIP       map[netip.Addr][]*resident
+	claims     claims
 	accounts   map[types.NamespacedName]*used
 	namespaces map[types.NamespacedName]*used
 	listed     bool
@@ -81,8 +89,10 @@ func New(o Options) (*Pods, error) {
 		onChange:   o.OnChange,
 		failures:   failures{now: make(map[*following]error), logged: make(map[string]time.Time)},
 		synced:     make(chan struct{}),
+		ambiguous:  rate.Sometimes{First: 10, Interval: time.Minute},
 		pods:       make(map[string]*resident),
 		byIP:       make(map[netip.Addr][]*resident),
+		claims:     newClaims(),
 		accounts:   make(map[types.NamespacedName]*used),
 		namespaces: make(map[types.NamespacedName]*used),
 	}
@@ -92,6 +102,19 @@ func New(o Options) (*Pods, error) {
 		Help: "Pods of this node that may ask for credentials.",
 	}, func() float64 { return float64(p.count.Load()) })); err != nil {
 		return nil, fmt.Errorf("register metrics: %w", err)
+	}
+	found := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "imdsgate_identify_source_total",
+		Help: "Requests whose pod was told, by what told it: the node's CNI results or the API server.",
+	}, []string{"source"})
+	if err := o.Metrics.Register(found); err != nil {
+		return nil, fmt.Errorf("register metrics: %w", err)
+	}
+	for s := range sources {
+		p.found[s] = found.WithLabelValues(s.String())
+	}
+	if o.CNIResults != "" {
+		p.results = newResults(p, o.CNIResults)
 	}
 	return p, nil
 }
@@ -117,6 +140,14 @@ func (p *Pods) Run(ctx context.Context) error {
 		return errors.New("pods: Run was called twice")
 	}
 	tasks.Go(func() { p.events.run(ctx) })
+	if p.results != nil {
+		ready := make(chan struct{})
+		tasks.Go(func() { p.results.run(ctx, sync.OnceFunc(func() { close(ready) })) })
+		select { // nobody is found before both sources were read
+		case <-ready:
+		case <-ctx.Done():
+		}
+	}
 	p.followPods(ctx)
 	return nil
 }
@@ -152,9 +183,10 @@ func (p *Pods) Err() error { return p.failures.err() }
 type answer struct {
 	caller *proxy.Caller
 	err    error
+	source source // of caller
 }
 
-// Find implements proxy.CallerFinder: two atomic reads, no lock, no allocation.
+// Find implements proxy.CallerFinder: two atomic reads, a counter, no lock, no allocation.
 func (p *Pods) Find(ip netip.Addr) (*proxy.Caller, error) {
 	table := p.table.Load()
 	if table == nil {
@@ -163,6 +195,9 @@ func (p *Pods) Find(ip netip.Addr) (*proxy.Caller, error) {
 	a, ok := (*table)[ip.Unmap()]
 	if !ok {
 		return nil, proxy.ErrUnknownIP
+	}
+	if a.caller != nil {
+		p.found[a.source].Inc()
 	}
 	return a.caller, a.err
 }

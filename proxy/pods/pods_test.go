@@ -304,7 +304,7 @@ func TestFindByIP(t *testing.T) {
 	}
 }
 
-// gauge lets testutil read a registry that holds one metric.
+// gauge lets testutil read imdsgate_pods of a registry.
 type gauge struct{ r *prometheus.Registry }
 
 func (g gauge) Describe(chan<- *prometheus.Desc) {}
@@ -315,6 +315,9 @@ func (g gauge) Collect(c chan<- prometheus.Metric) {
 		return
 	}
 	for _, f := range families {
+		if f.GetName() != "imdsgate_pods" {
+			continue
+		}
 		for _, m := range f.Metric {
 			c <- prometheus.MustNewConstMetric(prometheus.NewDesc(f.GetName(), f.GetHelp(), nil, nil), prometheus.GaugeValue, m.GetGauge().GetValue())
 		}

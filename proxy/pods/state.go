@@ -21,6 +21,7 @@ type resident struct {
 	namespace *used     // nil if account is
 	caller    *proxy.Caller
 	conflict  string
+	withdrawn map[netip.Addr]struct{} // addresses of its former sandboxes: their CNI results were removed
 }
 
 // used is a service account or a namespace that pods of this node use; it is watched as long as there are any.
@@ -85,7 +86,7 @@ func (p *Pods) publish(c *change) {
 		was, had := (*old)[ip]
 		is, has := p.holder(ip)
 		if errors.Is(is.err, proxy.ErrAmbiguousIP) && !errors.Is(was.err, proxy.ErrAmbiguousIP) {
-			p.log.Warn("pods have the same IP: nobody is served there", "ip", ip, "pods", names(p.byIP[ip]))
+			p.ambiguous.Do(func() { p.log.Warn("pods have the same IP: nobody is served there", "ip", ip, "pods", p.names(ip)) })
 		}
 		if had == has && was == is {
 			delete(c.ips, ip)
@@ -105,8 +106,13 @@ func (p *Pods) publish(c *change) {
 	}
 }
 
-// holder decides who holds an IP: the single pod that is not terminating, else the single one that is.
+// holder decides who holds an IP: the pod of the newest CNI result for it; without any, the single pod that is not
+// terminating, else the single one that is.
 func (p *Pods) holder(ip netip.Addr) (answer, bool) {
+	if len(p.claims.byIP[ip]) > 0 {
+		a := p.claimant(ip)
+		return a, a.err != proxy.ErrUnknownIP //nolint:errorlint // files of unknown pods take no room in the table
+	}
 	pods := p.byIP[ip]
 	if len(pods) > 1 {
 		if stay := slices.DeleteFunc(slices.Clone(pods), func(r *resident) bool { return r.terminating }); len(stay) > 0 {
@@ -124,12 +130,17 @@ func (p *Pods) holder(ip netip.Addr) (answer, bool) {
 	return answer{caller: pods[0].caller}, true
 }
 
-func names(rs []*resident) []string {
-	list := make([]string, 0, len(rs))
-	for _, r := range rs {
+// names are the pods that have an IP by either source.
+func (p *Pods) names(ip netip.Addr) []string {
+	var list []string
+	for _, r := range p.byIP[ip] {
 		list = append(list, r.pod.Namespace+"/"+r.pod.Name)
 	}
-	return list
+	for _, cl := range p.claims.byIP[ip] {
+		list = append(list, cl.namespace+"/"+cl.name)
+	}
+	slices.Sort(list)
+	return slices.Compact(list)
 }
 
 func (p *Pods) becameSynced() bool {
@@ -215,12 +226,29 @@ func (p *Pods) remove(c *change, r *resident) {
 	}
 	delete(p.pods, r.pod.UID)
 	p.unindex(r, r.ips)
-	c.touch(r.ips...)
+	c.touch(p.ipsOf(r)...)
 	if r.serving() {
 		p.detach(r)
 		p.count.Add(-1)
 		c.accounts[r.accountName()] = struct{}{}
 	}
+}
+
+// ipsOf are the addresses of a pod by both sources.
+func (p *Pods) ipsOf(r *resident) []netip.Addr {
+	claims := p.claimsOf(r)
+	if len(claims) == 0 {
+		return r.ips
+	}
+	ips := slices.Clone(r.ips)
+	for _, cl := range claims {
+		for _, ip := range cl.ips {
+			if !slices.Contains(ips, ip) {
+				ips = append(ips, ip)
+			}
+		}
+	}
+	return ips
 }
 
 func (p *Pods) unindex(r *resident, ips []netip.Addr) {
@@ -300,10 +328,10 @@ func (p *Pods) seen(c *change, u *used, o object) {
 
 // decide sets a pod's caller, if everything that the decision rests on is known: a default would be a guess.
 func (p *Pods) decide(c *change, r *resident) {
+	c.touch(p.ipsOf(r)...)
 	if !r.serving() {
 		return
 	}
-	c.touch(r.ips...)
 	if r.caller != nil { // decided before; only the pod's status changed
 		if !r.caller.Since.Equal(r.since) {
 			caller := *r.caller
