@@ -123,7 +123,7 @@ func watchPods(ctx context.Context, c *Config, policy *proxy.Policy, log *slog.L
 	if err != nil {
 		return watch{}, err
 	}
-	p, err := pods.New(pods.Options{Config: config, Node: c.Node, Policy: policy, Log: log, Metrics: prometheus.NewRegistry()})
+	p, err := pods.New(pods.Options{Config: config, Node: c.Node, Policy: policy, Log: log, Metrics: prometheus.NewRegistry(), CNIResults: c.CNIResults})
 	if err != nil {
 		return watch{}, err
 	}

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -35,6 +36,7 @@ type Config struct {
 	IMDSv1          bool
 	Allow           []string
 	IdentifyTimeout time.Duration
+	CNIResults      string
 	MetadataAddr    string
 
 	Redirect      string
@@ -104,6 +106,7 @@ func (c *Config) flags(hostIPs *[]string) *flag.FlagSet {
 	fs.BoolVar(&c.IMDSv1, "imdsv1", true, "answer requests without a session token; false: 401")
 	fs.Var(&list{values: &c.Allow}, "allow", "further exact metadata `path` to pass through, repeatable; {mac} stands for one MAC address segment")
 	fs.DurationVar(&c.IdentifyTimeout, "identify-timeout", 450*time.Millisecond, "longest hold of a request, identifying the pod and waiting for STS together")
+	fs.StringVar(&c.CNIResults, "cni-results", "/var/lib/cni/results", "`directory` of the CNI results, by which a pod is known before the API server tells of its IP; may be absent; empty: the API server alone")
 	fs.StringVar(&c.Redirect, "redirect", "iptables", "iptables, or none: the rules are somebody else's job")
 	fs.BoolVar(&c.Guard, "guard", true, "keep the policy-routing rules that refuse pods the real endpoint")
 	fs.IntVar(&c.GuardPriority, "guard-priority", 0, "`priority` of the guard's first rules")
@@ -236,6 +239,9 @@ func (c *Config) Validate() error {
 	}
 	if c.IdentifyTimeout <= 0 || c.IdentifyTimeout > 900*time.Millisecond {
 		fail("-identify-timeout %s: use up to 900ms; SDKs give up after 1s, the Go SDK after 500ms", c.IdentifyTimeout)
+	}
+	if c.CNIResults != "" && !filepath.IsAbs(c.CNIResults) {
+		fail("-cni-results %q: use an absolute path, or an empty one to do without", c.CNIResults)
 	}
 	if c.IntermediateRoleARN != "" {
 		if _, err := proxy.ParseRoleARN(c.IntermediateRoleARN); err != nil {

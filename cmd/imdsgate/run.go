@@ -154,7 +154,7 @@ func newDaemon(ctx context.Context, c *Config, log *slog.Logger) (*daemon, error
 		return nil, err
 	}
 	d.pods, err = pods.New(pods.Options{
-		Config: kube, Node: c.Node, Policy: &policy, Log: log, Metrics: d.metrics,
+		Config: kube, Node: c.Node, Policy: &policy, Log: log, Metrics: d.metrics, CNIResults: c.CNIResults,
 		OnChange: func(namespace, serviceAccount string) {
 			d.cache.Retry(namespace, serviceAccount)
 			d.cache.Wake()
