@@ -1,6 +1,7 @@
 package deploy_test
 
 import (
+	"fmt"
 	"maps"
 	"os"
 	"regexp"
@@ -91,7 +92,7 @@ func TestPrivileges(t *testing.T) {
 				t.Errorf("the pod is %+v", pod)
 			}
 			for _, v := range pod.Volumes {
-				if v.HostPath != nil && v.HostPath.Path != "/run/xtables.lock" && v.HostPath.Path != "/run/imdsgate" {
+				if v.HostPath != nil && !slices.Contains([]string{"/run/xtables.lock", "/run/imdsgate", "/var/lib/cni"}, v.HostPath.Path) {
 					t.Errorf("volume %s is the node's %s", v.Name, v.HostPath.Path)
 				}
 			}
@@ -206,6 +207,36 @@ func TestGuardComesFirst(t *testing.T) {
 		}
 		if names != want {
 			t.Errorf("%s: init containers %q, want %q", set, names, want)
+		}
+	}
+}
+
+// The node's CNI results are mounted read-only, by the directory above them, which the runtime may make anew; only while they
+// are read, and for the daemon alone.
+func TestCNIResults(t *testing.T) {
+	mount := func(args ...string) string {
+		_, all := template(t, "kube-system", args...)
+		pod := get[appsv1.DaemonSet](t, all, "DaemonSet").Spec.Template.Spec
+		found := ""
+		for _, c := range slices.Concat(pod.InitContainers, pod.Containers) {
+			for _, m := range c.VolumeMounts {
+				for _, v := range pod.Volumes {
+					if m.Name == v.Name && v.Name == "cni" {
+						found += fmt.Sprint(c.Name, " ", v.HostPath.Path, " at ", m.MountPath, " read-only ", m.ReadOnly)
+					}
+				}
+			}
+		}
+		return found
+	}
+	for args, want := range map[string]string{
+		"flags.guard=true":               "imdsgate /var/lib/cni at /var/lib/cni read-only true",
+		"flags.cni-results=/run/x/cache": "imdsgate /run/x at /run/x read-only true",
+		"flags.cni-results=":             "",
+		"mode=cleanup":                   "",
+	} {
+		if got := mount("--set", args); got != want {
+			t.Errorf("%s: %q, want %q", args, got, want)
 		}
 	}
 }

@@ -61,8 +61,8 @@ system:serviceaccount:{{ .Release.Namespace }}:{{ include "imdsgate.serviceAccou
 {{- end }}
 {{- end }}
 
-{{- /* Every flag with a value, as IMDSGATE_NAME. An empty one is the daemon's "none" and its default, but for the addresses, which
-the arguments set. */ -}}
+{{- /* Every flag with a value, as IMDSGATE_NAME. An empty one is the daemon's "none" and its default, but for the addresses and
+the CNI results, which the arguments set. */ -}}
 {{- define "imdsgate.env" -}}
 - name: NODE_NAME
   valueFrom: {fieldRef: {fieldPath: spec.nodeName}}
@@ -93,7 +93,7 @@ the arguments set. */ -}}
 
 {{- define "imdsgate.args" -}}
 {{- $args := list -}}
-{{- range $name := list "ops-addr" "debug-addr" }}{{ if not (index $.Values.flags $name) }}{{ $args = append $args (printf "-%s=" $name) }}{{ end }}{{ end -}}
+{{- range $name := list "ops-addr" "debug-addr" "cni-results" }}{{ if not (index $.Values.flags $name) }}{{ $args = append $args (printf "-%s=" $name) }}{{ end }}{{ end -}}
 {{- concat $args .Values.extraArgs | toJson -}}
 {{- end }}
 
