@@ -111,7 +111,7 @@ func (p *Pods) publish(c *change) {
 func (p *Pods) holder(ip netip.Addr) (answer, bool) {
 	if len(p.claims.byIP[ip]) > 0 {
 		a := p.claimant(ip)
-		return a, a.err != proxy.ErrUnknownIP //nolint:errorlint // files of unknown pods take no room in the table
+		return a, !errors.Is(a.err, proxy.ErrUnknownIP) // files of unknown pods take no room in the table
 	}
 	pods := p.byIP[ip]
 	if len(pods) > 1 {
