@@ -33,7 +33,7 @@ for need in buildah:buildah mmdebstrap:mmdebstrap busybox:busybox-static; do
   command -v "${need%%:*}" >/dev/null || missing+=("${need##*:}")
 done
 if ((${#missing[@]})); then
-  apt-get install -y --no-install-recommends "${missing[@]}" >&2
+  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"; } >&2
 fi
 
 work=$(mktemp -d)

@@ -71,7 +71,7 @@ func (s *results) follow(ctx context.Context, ready func()) error {
 	if err != nil {
 		return fmt.Errorf("inotify: %w", err)
 	}
-	defer w.Close() //nolint:errcheck // nothing was written
+	defer w.Close()
 	for {
 		watched, err := s.watch(w)
 		if err != nil {
@@ -174,7 +174,7 @@ func (s *results) list() (map[string]*claim, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer dir.Close() //nolint:errcheck // nothing was written
+	defer dir.Close()
 	info, err := dir.Stat()
 	if err != nil {
 		return nil, err
@@ -260,7 +260,7 @@ func (s *results) open(name string) (*claim, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close() //nolint:errcheck // nothing was written
+	defer f.Close()
 	info, err := f.Stat()
 	if err != nil {
 		return nil, err
@@ -322,7 +322,7 @@ func bootTime() (time.Time, error) {
 	if err != nil {
 		return time.Time{}, err
 	}
-	defer f.Close() //nolint:errcheck // nothing was written
+	defer f.Close()
 	lines := bufio.NewScanner(f)
 	lines.Buffer(nil, 1<<20) // the line of interrupts is long
 	for lines.Scan() {
