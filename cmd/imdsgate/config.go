@@ -136,6 +136,15 @@ func oneShot(name string) bool {
 	return slices.Contains([]string{"cleanup", "check", "all", "guard-only", "probe", "version"}, name)
 }
 
+// asksOneShot says whether the arguments ask for something that changes no rule, or removes them. The flag package stops at
+// the first argument that is wrong, so the Config does not tell.
+func asksOneShot(args []string) bool {
+	return slices.ContainsFunc(args, func(arg string) bool {
+		name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+		return strings.HasPrefix(arg, "-") && oneShot(name) && name != "guard-only"
+	})
+}
+
 // parseConfig reads flags and environment. It returns flag.ErrHelp after it has written the help to out.
 func parseConfig(args []string, getenv func(string) string, out io.Writer) (*Config, error) {
 	var (

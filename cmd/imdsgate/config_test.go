@@ -126,6 +126,26 @@ func TestGuardFirst(t *testing.T) {
 	}
 }
 
+// TestOneShotTypo: asking what is wrong, with a typing error, changes nothing on the node.
+func TestOneShotTypo(t *testing.T) {
+	var stderr bytes.Buffer
+	a := app{stdout: &stderr, stderr: &stderr, closeEndpoint: func(context.Context, *Config, *slog.Logger) error {
+		t.Error("the node was changed")
+		return nil
+	}}
+	for _, args := range [][]string{
+		{"-check", "-nodename=x"}, {"-nodename=x", "--check"}, {"-cleanup", "-port=many"}, {"-port=many", "-cleanup=true"},
+		{"-bad", "-probe"}, {"-bad", "-version"}, {"-guard-only", "-guard=false"},
+	} {
+		if err := a.run(t.Context(), args, env()); exitCode(err, &stderr) != 2 {
+			t.Errorf("%q: %v", args, err)
+		}
+	}
+	if err := a.run(t.Context(), []string{"-check"}, env("IMDSGATE_PORT", "many")); exitCode(err, &stderr) != 2 {
+		t.Errorf("a wrong environment: %v", err)
+	}
+}
+
 // TestGuardOnly: the guard needs no configuration.
 func TestGuardOnly(t *testing.T) {
 	var stderr bytes.Buffer

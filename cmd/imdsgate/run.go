@@ -67,16 +67,21 @@ func (a app) run(ctx context.Context, args []string, getenv func(string) string)
 	if errors.Is(err, flag.ErrHelp) {
 		return err
 	}
+	if err != nil && asksOneShot(args) { // who asks what is wrong, or cleans up, must not find the node closed by a typing error
+		return usageError{err}
+	}
 	switch {
 	case c.Version:
 		fmt.Fprintln(a.stdout, "imdsgate", version())
-		return err
-	case c.Probe && err == nil:
+		return nil
+	case c.Probe:
 		return probe(ctx, c, a.stdout)
-	case c.Cleanup && err == nil:
+	case c.Cleanup:
 		return cleanup(ctx, c, a.stdout, newLogger(c, a.stderr))
-	case c.Check && err == nil:
+	case c.Check:
 		return check(ctx, c, a.stdout)
+	case c.GuardOnly && !c.Guard:
+		return usageError{errors.New("-guard-only has nothing to do with -guard=false: leave one of them out")}
 	}
 	log := newLogger(c, a.stderr)
 	if c.GuardOnly { // needs to know neither the node nor its address
