@@ -125,7 +125,8 @@ type answer struct {
 
 // serve is the only place that answers.
 func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
-	q := request{s: s, r: r, ip: peer(r), start: time.Now()}
+	ip, conn := peer(r)
+	q := request{s: s, r: r, ip: ip, start: time.Now()}
 	rt, name := s.routes.match(r.RequestURI)
 	q.name = name
 	a := q.answer(rt)
@@ -136,6 +137,9 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	}
 	elapsed := time.Since(q.start)
 	s.metrics.observe(label, code, elapsed)
+	if conn != nil {
+		conn.pay(label, a.err != nil, q.start.Add(elapsed))
+	}
 	if (a.err != nil || a.waited) && (label == handlerRoleList || label == handlerDocument) {
 		s.logAnswer(q, a, code, elapsed)
 	}
@@ -248,7 +252,7 @@ func (q request) token() answer {
 
 // roleList answers 200 only when the document will: a failing document kills or hangs clients, a failing list does not.
 func (q request) roleList(c *Caller, g *Grant) answer {
-	_, waited, err := q.documentOf(g)
+	_, waited, err := q.ready(g)
 	if err != nil {
 		return q.credentialsFailed(c, err)
 	}
@@ -259,32 +263,34 @@ func (q request) document(c *Caller, g *Grant) answer {
 	if !g.named(q.name) {
 		return q.refuse(c, errOtherRole)
 	}
-	doc, waited, err := q.documentOf(g)
+	creds, waited, err := q.ready(g)
 	if err != nil {
 		return q.credentialsFailed(c, err)
 	}
-	return answer{body: doc, caller: c, waited: waited}
+	if at := creds.Issued.UnixNano(); c.handedOut.Load() != at && c.handedOut.Swap(at) != at {
+		q.s.logHandedOut(q, c, g, creds)
+	}
+	return answer{body: creds.Document(), caller: c, waited: waited}
 }
 
 func (q request) info(c *Caller, g *Grant) answer {
 	return answer{body: instanceProfile(g.Key.RoleARN, q.start), caller: c}
 }
 
-// documentOf returns the ready document of g, and whether the request had to wait for anything.
-func (q request) documentOf(g *Grant) (doc []byte, waited bool, err error) {
-	creds := q.s.credentials.Peek(&g.Key)
-	if waited = q.held; creds == nil {
-		waited = true
+// ready returns the credentials of g, which have a document, and whether the request had to wait for anything.
+func (q request) ready(g *Grant) (creds *cache.Credentials, waited bool, err error) {
+	if creds = q.s.credentials.Peek(&g.Key); creds == nil {
 		ctx, cancel := q.context()
 		defer cancel()
 		if creds, err = q.s.credentials.Get(ctx, g.Key); err != nil {
 			return nil, true, err
 		}
+		waited = true
 	}
-	if doc = creds.Document(); len(doc) == 0 {
-		return nil, waited, cache.ErrUnavailable
+	if len(creds.Document()) == 0 {
+		return nil, waited || q.held, cache.ErrUnavailable
 	}
-	return doc, waited, nil
+	return creds, waited || q.held, nil
 }
 
 func (q request) credentialsFailed(c *Caller, err error) answer {
@@ -383,6 +389,14 @@ func allows(allow, method string) bool {
 type logCause struct {
 	ip     netip.Addr
 	result string
+}
+
+// logHandedOut completes the cache's line about the session: an access key in CloudTrail leads to the pods that had it. It is
+// written once for each session of a pod, and again when something about the pod or its role changed.
+func (s *Server) logHandedOut(q request, c *Caller, g *Grant, creds *cache.Credentials) {
+	s.log.Info("session handed out", "namespace", c.Pod.Namespace, "pod", c.Pod.Name, "pod_uid", c.Pod.UID,
+		"service_account", c.Pod.ServiceAccount, "source_ip", q.ip.String(), "role_arn", g.Key.RoleARN,
+		"session_name", g.Key.SessionName, "access_key_id", creds.AccessKeyID, "expires", creds.Expires.UTC())
 }
 
 // logAnswer writes one line per credential answer that is not a hit. A pod that asks in a loop gets ten of a kind, then

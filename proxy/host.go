@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net"
 	"strings"
+	"sync/atomic"
+	"time"
 )
 
 // missingHost is inserted where a Host should have been.
@@ -22,7 +24,11 @@ const maxHostHead = 16 << 10
 // that net/http's deadlines and limits see what they always see: the line goes before the empty line that ends the head.
 type conn struct {
 	net.Conn
-	release func()
+	shares *shares       // nil: nobody counts it
+	source *source       // with shares
+	served atomic.Int64  // when it was last answered, or else accepted: Unix nanoseconds
+	wait   time.Duration // before its next request is read, because its source has used up its time
+	begun  bool          // something has been read
 
 	off     bool
 	inHead  bool   // the request line has been seen
@@ -34,7 +40,9 @@ type conn struct {
 }
 
 func (c *conn) Close() error {
-	defer c.release()
+	if c.shares != nil {
+		defer c.shares.release(c)
+	}
 	return c.Conn.Close()
 }
 
@@ -65,6 +73,10 @@ func (c *conn) Write(p []byte) (int, error) {
 }
 
 func (c *conn) Read(p []byte) (int, error) {
+	if !c.begun {
+		c.begun = true
+		time.Sleep(c.wait) // as connState does later on
+	}
 	if len(c.ready) == 0 {
 		c.ready = nil
 		n, err := c.Conn.Read(p)

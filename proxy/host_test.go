@@ -122,7 +122,7 @@ func (f *fed) SetWriteDeadline(time.Time) error { return nil }
 // exchange is what net/http answers to all of the input on one connection.
 func exchange(t *testing.T, in []byte, chunk int, wrapped bool) string {
 	f := newFed(in, chunk)
-	c := &conn{Conn: f, release: func() {}, off: !wrapped}
+	c := &conn{Conn: f, off: !wrapped}
 	ln := &oneConn{conn: c, done: f.closed}
 	hs := &http.Server{
 		ErrorLog: log.New(io.Discard, "", 0), MaxHeaderBytes: maxHeaderBytes, DisableGeneralOptionsHandler: true,
@@ -219,7 +219,7 @@ func FuzzHost(f *testing.F) {
 func TestHostSurvivesDeadlines(t *testing.T) {
 	a, b := net.Pipe()
 	defer a.Close()
-	c := &conn{Conn: b, release: func() {}}
+	c := &conn{Conn: b}
 	defer c.Close()
 	in := "GET / HTTP/1.1\r\nA: b\r\n\r\nGET / HTTP/1.1\r\n\r\n"
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)

@@ -14,20 +14,28 @@ type peerKey struct{}
 // the node vouches for the source address (the redirect's INPUT rule admits only connections that were redirected here),
 // and nothing that the client writes can change it. X-Forwarded-For and its like are never read for identity.
 func withPeer(ctx context.Context, c net.Conn) context.Context {
-	return context.WithValue(ctx, peerKey{}, addrOf(c.RemoteAddr()))
+	p := &atPeer{ip: addrOf(c.RemoteAddr())}
+	p.conn, _ = c.(*conn)
+	return context.WithValue(ctx, peerKey{}, p)
+}
+
+// atPeer is the connection to a peer.
+type atPeer struct {
+	ip   netip.Addr
+	conn *conn // nil in handlers that run without Serve
 }
 
 // peer is the source address of the request's connection, unmapped. RemoteAddr is net/http's copy of the same address,
 // for handlers that run without Serve.
-func peer(r *http.Request) netip.Addr {
-	if ip, ok := r.Context().Value(peerKey{}).(netip.Addr); ok {
-		return ip
+func peer(r *http.Request) (netip.Addr, *conn) {
+	if p, ok := r.Context().Value(peerKey{}).(*atPeer); ok {
+		return p.ip, p.conn
 	}
 	ap, err := netip.ParseAddrPort(r.RemoteAddr)
 	if err != nil {
-		return netip.Addr{}
+		return netip.Addr{}, nil
 	}
-	return ap.Addr().Unmap()
+	return ap.Addr().Unmap(), nil
 }
 
 func addrOf(a net.Addr) netip.Addr {

@@ -25,7 +25,7 @@ func TestPeer(t *testing.T) {
 		r := httptest.NewRequest(http.MethodGet, "/", nil)
 		r.RemoteAddr = remote
 		r.Header.Set("X-Forwarded-For", "10.9.9.9")
-		if got := peer(r).String(); got != want {
+		if got, _ := peer(r); got.String() != want {
 			t.Errorf("%q: %s", remote, got)
 		}
 	}

@@ -1,9 +1,12 @@
 package proxy
 
 import (
+	"math"
 	"net"
+	"net/http"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -72,36 +75,133 @@ func (l *rateLimits[K]) sweep(now time.Time) {
 	}
 }
 
-// connCount counts the open connections, in all and by source IP.
-type connCount struct {
+// shares divides the connections among the source IPs: see "What one pod may take" in the package documentation.
+type shares struct {
 	max, maxPerIP int
 
-	mu    sync.Mutex
-	total int
-	perIP map[netip.Addr]int
+	mu      sync.Mutex
+	total   int
+	sources map[netip.Addr]*source
+	swept   time.Time
 }
 
-func newConnCount(limit, limitPerIP int) *connCount {
-	return &connCount{max: limit, maxPerIP: limitPerIP, perIP: map[netip.Addr]int{}}
+func newShares(limit, limitPerIP int) *shares {
+	return &shares{max: limit, maxPerIP: limitPerIP, sources: map[netip.Addr]*source{}}
 }
 
-func (c *connCount) acquire(ip netip.Addr) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.total >= c.max || c.perIP[ip] >= c.maxPerIP {
-		return false
+// source is what one source IP has open, and how much of the daemon's time it has used.
+type source struct {
+	ip    netip.Addr
+	conns map[*conn]struct{}
+	used  atomic.Int64 // Unix nanoseconds: the moment at which everything charged so far is paid for
+}
+
+// What a source is charged, in time of its own; it has one second a second. These are several times what the daemon's
+// processor needs, so that one source alone cannot keep it busy, and far from what an application asks for.
+const (
+	costAnswer  = 50 * time.Microsecond  // 20,000 a second: a load test of one pod
+	costToken   = 100 * time.Microsecond // the PUT
+	costConn    = 200 * time.Microsecond
+	costRefusal = 500 * time.Microsecond
+	credit      = 250 * time.Millisecond // what may be used at once
+	maxWait     = 300 * time.Millisecond // more than all connections of a source are worth, below a client's patience
+)
+
+// charge adds a cost and returns how long the source has to wait for being able to pay it, at most maxWait: then it has more
+// to pay than it has connections to wait with, and a new one is refused.
+func (s *source) charge(now time.Time, cost time.Duration) (wait time.Duration) {
+	for t := now.UnixNano(); ; {
+		used := s.used.Load()
+		next := min(max(used, t)+int64(cost), t+int64(credit+maxWait))
+		if s.used.CompareAndSwap(used, next) {
+			return time.Duration(next-t) - credit
+		}
 	}
-	c.total++
-	c.perIP[ip]++
-	return true
 }
 
-func (c *connCount) release(ip netip.Addr) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.total--
-	if c.perIP[ip]--; c.perIP[ip] == 0 {
-		delete(c.perIP, ip)
+// acquire counts a connection of ip, or refuses it. When all are in use, one of the source that has the most makes room: the
+// one that was answered the longest ago. It is no longer counted; the caller closes it.
+func (s *shares) acquire(c *conn, ip netip.Addr, now time.Time) (ok bool, evicted *conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.sweep(now)
+	src := s.sources[ip]
+	n := 0
+	if src != nil {
+		n = len(src.conns)
+	}
+	if n >= s.maxPerIP {
+		return false, nil
+	}
+	if s.total >= s.max {
+		if evicted = s.greediest(n).oldest(); evicted == nil {
+			return false, nil
+		}
+		s.remove(evicted)
+	}
+	if src == nil {
+		src = &source{ip: ip, conns: map[*conn]struct{}{}}
+		s.sources[ip] = src
+	}
+	c.source = src
+	src.conns[c] = struct{}{}
+	s.total++
+	return true, evicted
+}
+
+// greediest is the source with the most connections; nil when none has more than n.
+func (s *shares) greediest(n int) (most *source) {
+	for _, src := range s.sources {
+		if len(src.conns) > n {
+			most, n = src, len(src.conns)
+		}
+	}
+	return most
+}
+
+// oldest is the connection that was answered, or else accepted, the longest ago.
+func (s *source) oldest() (oldest *conn) {
+	if s == nil {
+		return nil
+	}
+	first := int64(math.MaxInt64)
+	for c := range s.conns {
+		if at := c.served.Load(); at < first {
+			oldest, first = c, at
+		}
+	}
+	return oldest
+}
+
+// release may come more than once, and after an eviction.
+func (s *shares) release(c *conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.remove(c)
+}
+
+func (s *shares) remove(c *conn) {
+	if _, ok := c.source.conns[c]; !ok {
+		return
+	}
+	delete(c.source.conns, c)
+	s.total--
+	// A source that still has to pay is kept, or reconnecting would make it forget.
+	if len(c.source.conns) == 0 && (c.source.used.Load() <= time.Now().UnixNano() || len(s.sources) > maxRateKeys) {
+		delete(s.sources, c.source.ip)
+	}
+}
+
+// sweep forgets, once a second, the sources that have neither connections nor anything to pay.
+func (s *shares) sweep(now time.Time) {
+	if now.Sub(s.swept) < time.Second {
+		return
+	}
+	s.swept = now
+	for ip, src := range s.sources {
+		if len(src.conns) == 0 && src.used.Load() <= now.UnixNano() {
+			delete(s.sources, ip)
+		}
 	}
 }
 
@@ -113,19 +213,54 @@ type listener struct {
 
 func (l *listener) Accept() (net.Conn, error) {
 	for {
-		c, err := l.Listener.Accept()
+		tcp, err := l.Listener.Accept()
 		if err != nil {
 			return nil, err
 		}
-		l.server.accepted.Store(time.Now().UnixNano())
-		ip := addrOf(c.RemoteAddr())
-		if l.server.conns.acquire(ip) {
-			return &conn{Conn: c, release: sync.OnceFunc(func() { l.server.conns.release(ip) })}, nil
+		now := time.Now()
+		l.server.accepted.Store(now.UnixNano())
+		c := &conn{Conn: tcp, shares: l.server.conns}
+		c.served.Store(now.UnixNano())
+		ok, evicted := c.shares.acquire(c, addrOf(tcp.RemoteAddr()), now)
+		if evicted != nil {
+			l.refuse(evicted.Conn)
 		}
-		l.server.metrics.denied[reasonConnections].Inc()
-		if tcp, ok := c.(*net.TCPConn); ok {
-			_ = tcp.SetLinger(0) // no TIME_WAIT for a flood
+		if ok {
+			c.wait = c.source.charge(now, costConn)
+			if c.wait < maxWait {
+				return c, nil
+			}
+			c.shares.release(c)
 		}
-		_ = c.Close()
+		l.refuse(tcp)
+	}
+}
+
+func (l *listener) refuse(c net.Conn) {
+	l.server.metrics.denied[reasonConnections].Inc()
+	if tcp, ok := c.(*net.TCPConn); ok {
+		_ = tcp.SetLinger(0) // no TIME_WAIT for a flood
+	}
+	_ = c.Close()
+}
+
+// pay charges the connection's source for an answer.
+func (c *conn) pay(label handlerLabel, failed bool, now time.Time) {
+	cost := costAnswer
+	switch {
+	case failed:
+		cost = costRefusal
+	case label == handlerToken:
+		cost = costToken
+	}
+	c.served.Store(now.UnixNano())
+	c.wait = c.source.charge(now, cost)
+}
+
+// connState lets a connection whose source has used up its time wait for its next request. Others of the source have waits of
+// their own, one behind the other: so nobody waits longer than all its connections together are worth.
+func connState(c net.Conn, state http.ConnState) {
+	if c, ok := c.(*conn); ok && state == http.StateIdle && c.wait > 0 {
+		time.Sleep(c.wait)
 	}
 }

@@ -100,33 +100,155 @@ func TestConnectionsPerIP(t *testing.T) {
 	}
 }
 
+// All connections are in use: whoever has less than another gets one of the greediest's, the one that was answered the longest
+// ago; the greediest gets no more.
 func TestConnectionsInAll(t *testing.T) {
 	l := newLab(t, func(o *Options) { o.MaxConnections = 10 })
-	for i := range 10 {
-		dial(t, l.addr, netip.AddrFrom4([4]byte{127, 0, 1, byte(i)}))
+	l.warm(t, "role")
+	greedy, modest := podIPs["other"], podIPs["special"]
+	ask := func(c net.Conn) error {
+		fmt.Fprint(c, "GET / HTTP/1.1\r\n\r\n")
+		_, err := readReply(newReader(c), "GET")
+		return err
 	}
-	eventually(t, func() bool { return l.conns.len() == 10 })
-	c, err := net.Dial("tcp4", l.addr)
-	if err == nil {
-		defer c.Close()
-		_ = c.SetDeadline(time.Now().Add(5 * time.Second))
-		_, err = c.Read(make([]byte, 1))
+	var hoard []net.Conn
+	for range 8 {
+		hoard = append(hoard, dial(t, l.addr, greedy))
 	}
-	if err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Errorf("the eleventh connection: %v", err)
+	for range 2 {
+		dial(t, l.addr, modest)
+	}
+	eventually(t, func() bool { return l.conns.of(greedy) == 8 && l.conns.of(modest) == 2 })
+	for i, c := range hoard {
+		if i != 5 {
+			if err := ask(c); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := ask(dial(t, l.addr, greedy)); err == nil {
+		t.Error("the greediest got one more")
+	}
+	if r := l.get(t, "role", roleList+"/my-role"); r.StatusCode != 200 {
+		t.Errorf("another pod: %d", r.StatusCode)
+	}
+	if err := ask(hoard[5]); err == nil {
+		t.Error("the connection that was never answered is still there")
+	}
+	if err := ask(hoard[0]); err != nil {
+		t.Errorf("a connection of the greediest that was answered: %v", err)
+	}
+	if n := l.conns.of(greedy) + l.conns.of(modest); n > 10 {
+		t.Errorf("%d connections are held", n)
 	}
 }
 
-func (c *connCount) of(ip netip.Addr) int {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.perIP[ip]
+// Forty pods that each want everything: a new pod is served all the same, every time.
+func TestConnectionsOfManyGreedy(t *testing.T) {
+	l := newLab(t, func(o *Options) { o.MaxConnections, o.MaxConnectionsPerIP = 200, 50 })
+	l.warm(t, "role")
+	for i := range 40 {
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 1, byte(i))}}
+		for range 20 {
+			if c, err := d.Dial("tcp4", l.addr); err == nil {
+				defer c.Close()
+			} else if !errors.Is(err, syscall.ECONNRESET) {
+				t.Fatal(err)
+			}
+		}
+		if r := l.get(t, "role", roleList+"/my-role"); r.StatusCode != 200 {
+			t.Fatalf("with %d greedy pods: %d %s", i+1, r.StatusCode, r.body)
+		}
+	}
+	eventually(t, func() bool { return l.conns.total <= 200 })
+	for i := range 40 { // each has about its share
+		if n := l.conns.of(netip.AddrFrom4([4]byte{127, 0, 1, byte(i)})); n < 3 || n > 8 {
+			t.Errorf("greedy pod %d has %d of 200 connections", i, n)
+		}
+	}
 }
 
-func (c *connCount) len() int {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return len(c.perIP)
+// A source is charged for what it does, waits for what it cannot pay, and owes nothing that is not its own.
+func TestCharge(t *testing.T) {
+	now := time.Now()
+	s := &source{}
+	n := 0
+	for ; s.charge(now, costRefusal) <= 0; n++ {
+	}
+	if n != int(credit/costRefusal) {
+		t.Errorf("%d at once", n)
+	}
+	for range 10_000 {
+		s.charge(now, costConn)
+	}
+	if w := s.charge(now, costConn); w != maxWait {
+		t.Errorf("who owes most waits %v", w)
+	}
+	if w := s.charge(now.Add(credit+maxWait), costAnswer); w != costAnswer-credit {
+		t.Errorf("when all is paid for, the wait is %v", w)
+	}
+}
+
+// 20,000 hits a second are a load test, not an attack: no wait. Far more, or a loop of refusals, wait; nobody else does.
+func TestBudgets(t *testing.T) {
+	for name, tc := range map[string]struct {
+		cost  time.Duration
+		rate  int
+		waits bool
+	}{
+		"hits": {costAnswer, 19_000, false}, "more hits": {costAnswer, 30_000, true}, "tokens": {costToken, 9_000, false},
+		"connections": {costConn, 4_000, false}, "refusals": {costRefusal, 3_000, true},
+	} {
+		s, now, waited := &source{}, time.Now(), false
+		for range 2 * tc.rate {
+			now = now.Add(time.Second / time.Duration(tc.rate))
+			waited = waited || s.charge(now, tc.cost) > 0
+		}
+		if waited != tc.waits {
+			t.Errorf("%s: %d a second wait: %v", name, tc.rate, waited)
+		}
+	}
+}
+
+// Reconnecting does not make a source forget what it owes, and what it paid is forgotten.
+func TestDebtOutlastsConnections(t *testing.T) {
+	s, ip, now := newShares(10, 10), podIPs["other"], time.Now()
+	c := &conn{}
+	s.acquire(c, ip, now)
+	for range 5000 {
+		c.source.charge(now, costRefusal)
+	}
+	s.release(c)
+	s.release(c)
+	again := &conn{}
+	s.acquire(again, ip, now)
+	if again.source != c.source || s.total != 1 {
+		t.Errorf("forgotten at once; %d connections", s.total)
+	}
+	s.release(again)
+	s.acquire(&conn{}, podIPs["role"], now.Add(2*time.Second))
+	if len(s.sources) != 1 {
+		t.Errorf("%d sources are known", len(s.sources))
+	}
+}
+
+func (s *shares) of(ip netip.Addr) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if src := s.sources[ip]; src != nil {
+		return len(src.conns)
+	}
+	return 0
+}
+
+// len is the number of sources with connections.
+func (s *shares) len() (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, src := range s.sources {
+		n += min(1, len(src.conns))
+	}
+	return n
 }
 
 func eventually(t testing.TB, ok func() bool) {

@@ -19,8 +19,8 @@ import (
 // Limits of the pod-facing port. Every pod of the node can reach it, so none of them may be able to exhaust it.
 const (
 	defaultHold           = 450 * time.Millisecond // the AWS SDK for Go v2 gives up on a header after 500 ms
-	defaultConnections    = 4096
-	defaultConnectionsPer = 128
+	defaultConnections    = 2048
+	defaultConnectionsPer = 512
 	readHeaderTimeout     = 5 * time.Second
 	writeTimeout          = 10 * time.Second
 	bodyTimeout           = 500 * time.Millisecond // for what is left of a body that nobody reads
@@ -45,8 +45,8 @@ type Options struct {
 	MetadataAddr string   // host or host:port of the real endpoint; empty: 169.254.169.254
 	Allow        []string // further exact metadata paths to pass through, see ValidateAllow
 
-	MaxConnections      int // 0: 4096
-	MaxConnectionsPerIP int // 0: 128
+	MaxConnections      int // 0: 2048
+	MaxConnectionsPerIP int // 0: 512
 
 	Log     *slog.Logger          // nil: nothing is logged
 	Metrics prometheus.Registerer // nil: not registered anywhere
@@ -70,7 +70,7 @@ type Server struct {
 	tokenRefusals *rateLimits[netip.Addr] // 401s by source IP
 	logLines      *rateLimits[logCause]
 	serverLines   *rateLimits[struct{}] // net/http's own complaints
-	conns         *connCount
+	conns         *shares
 
 	accepted atomic.Int64 // when the newest connection came, Unix nanoseconds
 	draining atomic.Bool
@@ -121,7 +121,7 @@ func NewServer(o Options) (*Server, error) {
 		tokenRefusals: newRateLimits[netip.Addr](tokenRefusalRate, tokenRefusalRate),
 		logLines:      newRateLimits[logCause](1, 10),
 		serverLines:   newRateLimits[struct{}](1, 10),
-		conns:         newConnCount(o.MaxConnections, o.MaxConnectionsPerIP),
+		conns:         newShares(o.MaxConnections, o.MaxConnectionsPerIP),
 	}, nil
 }
 
@@ -144,6 +144,7 @@ func (s *Server) Serve(ctx context.Context, ln ...net.Listener) error {
 		MaxHeaderBytes:               maxHeaderBytes - netHTTPSlop,
 		ErrorLog:                     log.New(errorLog{s}, "", 0),
 		ConnContext:                  withPeer,
+		ConnState:                    connState,
 		Protocols:                    protocols,
 	}
 	defer hs.Close()
