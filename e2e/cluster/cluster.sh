@@ -5,6 +5,7 @@
 #                           N, or NODES of the environment, is 2 at first
 #   down                    removes everything, also what a dead run left
 #   node-up I, node-down I  a boot, and a power cut. I is 1 to 9
+#   cp-kill NAME, cp-start  the end of one of the control plane's programs, etcd or kube-apiserver; the start of those that ended
 #   k ARGS...               kubectl
 #   in cp|nodeI CMD...      any command in the control plane's network or in a node
 #   daemon                  builds the image of imdsgate from this checkout, test.local/imdsgate:dev, and loads it
@@ -74,6 +75,11 @@ main() {
     down) down ;;
     node-up) index "$2"; alive "$DATA/kube-apiserver" || die "there is no cluster: $0 up"; node_start "$2"; node_ready "$2" ;;
     node-down) index "$2"; node_stop "$2" ;;
+    cp-kill)
+      case ${2:-} in etcd | kube-apiserver | kube-controller-manager | kube-scheduler) ;; *) die "that is none of the control plane's programs" ;; esac
+      alive "$DATA/$2" || die "$2 does not run"
+      stop "$DATA/$2" ;;
+    cp-start) [ -e "$RUN/options" ] || die "there is no cluster: $0 up"; cp_up ;;
     load) shift; load "$@" ;;
     daemon) daemon; load ;;
     deps) deps ;;

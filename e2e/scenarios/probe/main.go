@@ -4,6 +4,7 @@
 //	probe once                     asks once, a second for each request; the answer is also the container's termination message
 //	probe watch                    asks ten times a second and writes every answer that differs from the one before
 //	probe load WORKERS INTERVAL    asks until standard input ends, then sums up
+//	probe steady WORKERS INTERVAL  asks for as long as the pod lives and writes every answer
 package main
 
 import (
@@ -67,13 +68,21 @@ func run(ctx context.Context, args []string) error {
 			}
 		}
 		return nil
-	case len(args) == 3 && args[0] == "load":
+	case len(args) == 3 && (args[0] == "load" || args[0] == "steady"):
 		workers, err := strconv.Atoi(args[1])
 		if err != nil {
 			return err
 		}
 		interval, err := time.ParseDuration(args[2])
 		if err != nil {
+			return err
+		}
+		if args[0] == "steady" {
+			sequence.Each(ctx, workers, interval, limit, func(r sequence.Result) {
+				if e := out.Encode(r); err == nil {
+					err = e
+				}
+			})
 			return err
 		}
 		ctx, cancel := context.WithCancel(ctx)

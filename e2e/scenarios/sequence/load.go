@@ -19,12 +19,10 @@ type Summary struct {
 // maxFailures is enough to see what is wrong, and when.
 const maxFailures = 2000
 
-// Load runs workers that each begin a sequence every interval, until ctx is done. The requests of every second sequence share
-// a connection.
-func Load(ctx context.Context, workers int, interval, limit time.Duration) Summary {
+// Each runs workers that each begin a sequence every interval, until ctx is done and the last has ended, and hands every result
+// to emit, one at a time. The requests of every second sequence share a connection.
+func Each(ctx context.Context, workers int, interval, limit time.Duration, emit func(Result)) {
 	var mu sync.Mutex
-	var took []time.Duration
-	s := Summary{Kinds: map[string]int{}, Keys: map[string]int{}}
 	var wg sync.WaitGroup
 	for range workers {
 		wg.Go(func() {
@@ -38,19 +36,28 @@ func Load(ctx context.Context, workers int, interval, limit time.Duration) Summa
 				}
 				r := Run(context.WithoutCancel(ctx), limit, n%2 == 0)
 				mu.Lock()
-				s.Sequences++
-				s.Kinds[r.Kind]++
-				took = append(took, r.Took)
-				if r.Kind == OK {
-					s.Keys[r.AccessKeyID]++
-				} else if len(s.Failures) < maxFailures {
-					s.Failures = append(s.Failures, r)
-				}
+				emit(r)
 				mu.Unlock()
 			}
 		})
 	}
 	wg.Wait()
+}
+
+// Load is Each, summed up.
+func Load(ctx context.Context, workers int, interval, limit time.Duration) Summary {
+	var took []time.Duration
+	s := Summary{Kinds: map[string]int{}, Keys: map[string]int{}}
+	Each(ctx, workers, interval, limit, func(r Result) {
+		s.Sequences++
+		s.Kinds[r.Kind]++
+		took = append(took, r.Took)
+		if r.Kind == OK {
+			s.Keys[r.AccessKeyID]++
+		} else if len(s.Failures) < maxFailures {
+			s.Failures = append(s.Failures, r)
+		}
+	})
 	if len(took) > 0 {
 		slices.Sort(took)
 		s.P50, s.P99, s.Max = took[len(took)/2], took[len(took)*99/100], took[len(took)-1]
