@@ -39,6 +39,9 @@ func parseRoleARN(s string) (RoleARN, error) {
 	if len(s) > maxARN {
 		return RoleARN{}, fmt.Errorf("it has %d bytes, more than %d", len(s), maxARN)
 	}
+	if s != strings.TrimSpace(s) {
+		return RoleARN{}, errors.New("white space is around what should have the form arn:<partition>:iam::<account>:role/<path and name>")
+	}
 	parts := strings.SplitN(s, ":", 6)
 	if len(parts) < 6 || parts[0] != "arn" {
 		return RoleARN{}, errors.New("it does not have the form arn:<partition>:iam::<account>:role/<path and name>")
@@ -50,15 +53,15 @@ func parseRoleARN(s string) (RoleARN, error) {
 	case a.Partition == "" || !only(a.Partition, isLowerDigitDash):
 		return RoleARN{}, errors.New("its partition is not one such as aws, aws-cn or aws-us-gov")
 	case parts[2] != "iam":
-		return RoleARN{}, errors.New("its service is not iam")
+		return RoleARN{}, fmt.Errorf("its service is %s, not iam", quoted(parts[2]))
 	case !only(a.Region, isLowerDigitDash):
 		return RoleARN{}, errors.New("its region is none")
 	case aws && a.Account != "" && (len(a.Account) != 12 || !only(a.Account, isDigit)):
-		return RoleARN{}, errors.New("its account is not 12 digits")
+		return RoleARN{}, fmt.Errorf("its account %s is not 12 digits", quoted(a.Account))
 	case !only(a.Account, isNameByte):
 		return RoleARN{}, errors.New("its account holds a character that none has")
 	case !ok:
-		return RoleARN{}, errors.New("its resource does not begin with role/")
+		return RoleARN{}, wrongResource(parts[5])
 	}
 	a.Name = path
 	if i := strings.LastIndexByte(path, '/'); i >= 0 {
@@ -77,6 +80,16 @@ func parseRoleARN(s string) (RoleARN, error) {
 		return RoleARN{}, fmt.Errorf("the role's name is not 1 to %d letters, digits and _+=,.@-", limit)
 	}
 	return a, nil
+}
+
+// wrongResource says what an ARN of IAM names that is no role.
+func wrongResource(s string) error {
+	for _, kind := range []string{"user", "group", "policy", "instance-profile", "oidc-provider"} {
+		if strings.HasPrefix(s, kind+"/") {
+			return fmt.Errorf("it names a thing of the kind %s, not a role: its resource must begin with role/", kind)
+		}
+	}
+	return fmt.Errorf("its resource %s does not begin with role/", quoted(s))
 }
 
 // String is the ARN as it was parsed.

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"errors"
 	"io"
 	"net/http"
 	"net/netip"
@@ -189,7 +190,7 @@ func (q request) answer(rt *route) answer {
 	switch {
 	case caller.Refusal != nil:
 		if ev := caller.Refusal; ev.Event != "" {
-			s.reports.Report(caller.Pod, ev.OnServiceAccount, ev.Event, ev.Text)
+			s.reports.Report(caller.Pod, ev.OnServiceAccount, ev.Event, ev.Error())
 		}
 		return q.refuse(caller, caller.Refusal)
 	case caller.Grant == nil:
@@ -200,7 +201,8 @@ func (q request) answer(rt *route) answer {
 
 // refuse counts and answers with an error.
 func (q request) refuse(c *Caller, err error) answer {
-	_, reason, _ := status(err)
+	code, reason, text := status(err)
+	q.remember(c, code, reason, text)
 	if n := q.s.metrics.denied[reason]; n != nil {
 		n.Inc()
 	}
@@ -293,8 +295,11 @@ func (q request) ready(g *Grant) (creds *cache.Credentials, waited bool, err err
 	return creds, waited || q.held, nil
 }
 
+// credentialsFailed reports what stands until somebody changes something; what may pass by itself, such as throttling, is
+// no Event.
 func (q request) credentialsFailed(c *Caller, err error) answer {
-	if _, reason, text := status(err); reason == reasonCredentials {
+	issue, _ := errors.AsType[*cache.IssueError](err)
+	if _, _, text := status(err); issue != nil && (issue.Denied || issue.Hint != "") {
 		q.s.reports.Report(c.Pod, false, EventCredentialsFailed, text)
 	}
 	return q.refuse(c, err)

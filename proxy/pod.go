@@ -41,15 +41,27 @@ const (
 	Invalid                    // an annotation cannot be used: 403
 )
 
-// Refusal says why a known pod gets no credentials. Its text names the fix and is shown to that pod and in an Event.
+// Refusal says why a known pod gets no credentials, and what to do. What it says is the same everywhere: in the answer to the
+// pod, in an Event, on the status page and in -check.
 type Refusal struct {
 	Kind             RefusalKind
 	Event            string // reason of the Event; empty: none
 	OnServiceAccount bool   // the Event belongs to the ServiceAccount
-	Text             string // one line, holds a space, no control characters, at most 1 KiB
+	Text             string // one line, holds a space, no control characters
+	Fix              string // what to do, a command to paste where there is one; empty: nothing, or Text says it
+	Misplaced        bool   // of NoRole: the pod itself is annotated, where that has no effect
 }
 
-func (r *Refusal) Error() string { return r.Text }
+// Error is Text with Fix, together at most 1 KiB.
+func (r *Refusal) Error() string { return withFix(r.Text, r.Fix) }
+
+// withFix is how a text and what to do about it are shown on one line.
+func withFix(text, fix string) string {
+	if fix == "" {
+		return text
+	}
+	return text + "; fix: " + fix
+}
 
 // Reasons of Events: names of the contract.
 const (
@@ -57,6 +69,13 @@ const (
 	EventCredentialsFailed = "CredentialsFailed"
 	EventRoleConflict      = "RoleConflict"
 	EventInvalidRoleARN    = "InvalidRoleARN"
+)
+
+// Reasons of further Events.
+const (
+	EventInvalidAnnotation = "InvalidAnnotation" // any other annotation cannot be used
+	EventNoRole            = "NoRole"            // the pod has asked and nothing names a role; no warning, most mean it so
+	EventAmbiguousIP       = "AmbiguousIP"       // another running pod has the same IP
 )
 
 // What a CallerFinder answers when no single pod holds an IP. All of them are 503: a default would be a guess.

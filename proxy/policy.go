@@ -38,9 +38,6 @@ const (
 	AnnotationPermitted       = "iam.amazonaws.com/permitted"              // Namespace, regular expression
 )
 
-// EventInvalidAnnotation is the reason of an Event about any other annotation that cannot be used.
-const EventInvalidAnnotation = "InvalidAnnotation"
-
 // Values of -namespace-policy.
 const (
 	NamespacePolicyOff    = "off"
@@ -154,11 +151,14 @@ func (p *Policy) Authorize(s Subject) (grant *Grant, refusal *Refusal, conflict 
 	defer func() { // so that no text, whatever was annotated, leaves its bounds
 		conflict = oneLine(conflict)
 		if refusal != nil {
-			refusal.Text = oneLine(refusal.Text)
+			refusal.bound()
 		}
 	}()
 	if s.Pod.ServiceAccount == "" { // mirror pods
-		return nil, &Refusal{Kind: NoRole, Text: fmt.Sprintf("pod %s/%s has no service account, so it has no role", s.Pod.Namespace, s.Pod.Name)}, ""
+		return nil, &Refusal{
+			Kind: NoRole, Text: fmt.Sprintf("pod %s/%s has no service account, so it has no role", s.Pod.Namespace, s.Pod.Name),
+			Fix: "static pods cannot have a role: run it as a DaemonSet or Deployment with a service account",
+		}, ""
 	}
 	annotations := p.read(s)
 	role, refusal := p.role(s, annotations)
@@ -180,9 +180,10 @@ type annotation struct {
 	onAccount   bool
 }
 
-func (a annotation) invalid(event, format string, args ...any) *Refusal {
+// invalid refuses an annotation; fix is what to do.
+func (a annotation) invalid(event, fix, format string, args ...any) *Refusal {
 	return &Refusal{
-		Kind: Invalid, Event: event, OnServiceAccount: a.onAccount,
+		Kind: Invalid, Event: event, OnServiceAccount: a.onAccount, Fix: fix,
 		Text: fmt.Sprintf("annotation %s of %s: %s", a.name, a.on, fmt.Sprintf(format, args...)),
 	}
 }
@@ -225,11 +226,11 @@ func (p *Policy) read(s Subject) annotated {
 func (p *Policy) conflict(a annotated) string {
 	var texts []string
 	if a.podRole.value != "" && !p.sameRole(a.role.value, a.podRole.value) {
-		texts = append(texts, fmt.Sprintf("%s names %s in %s, but %s names %s in %s, which is used", a.podRole.on, quoted(a.podRole.value), a.podRole.name,
+		texts = append(texts, fmt.Sprintf("%s names %s in %s, but %s names %s in %s, which is used: remove one of them", a.podRole.on, quoted(a.podRole.value), a.podRole.name,
 			a.role.on, quoted(a.role.value), a.role.name))
 	}
 	if a.podExternalID.value != "" && a.externalID.value != a.podExternalID.value {
-		texts = append(texts, fmt.Sprintf("the external ID in annotation %s of %s is not that in %s of %s, which is used", a.podExternalID.name, a.podExternalID.on,
+		texts = append(texts, fmt.Sprintf("the external ID in annotation %s of %s is not that in %s of %s, which is used: remove one of them", a.podExternalID.name, a.podExternalID.on,
 			a.externalID.name, a.externalID.on))
 	}
 	return strings.Join(texts, "; ")
@@ -246,10 +247,10 @@ func (p *Policy) role(s Subject, a annotated) (RoleARN, *Refusal) {
 	if a.role.value != "" {
 		role, err := completeRole(p.BaseRoleARN, a.role.value)
 		if err != nil {
-			return RoleARN{}, a.role.invalid(EventInvalidRoleARN, "%v", err)
+			return RoleARN{}, a.role.invalid(EventInvalidRoleARN, a.role.correct(s, p.exampleRole()), "%v", err)
 		}
 		if text := p.deny(s, role.String()); text != "" {
-			return RoleARN{}, &Refusal{Kind: Denied, Event: EventRoleDenied, Text: text}
+			return RoleARN{}, &Refusal{Kind: Denied, Event: EventRoleDenied, Text: text, Fix: p.permit(s, role.String())}
 		}
 		return role, nil
 	}
@@ -260,14 +261,7 @@ func (p *Policy) role(s Subject, a annotated) (RoleARN, *Refusal) {
 		}
 		return role, nil
 	}
-	text := a.role.on + " has no " + AnnotationRoleARN + " annotation"
-	if s.ServiceAccountAbsent {
-		text = a.role.on + " does not exist, so it has no " + AnnotationRoleARN + " annotation"
-	}
-	if p.PodAnnotations {
-		text += ", and " + a.podRole.on + " has no " + AnnotationPodRole + " annotation"
-	}
-	return RoleARN{}, &Refusal{Kind: NoRole, Text: text}
+	return RoleARN{}, p.noRole(s, a)
 }
 
 // key fills in everything but the role.
@@ -285,20 +279,20 @@ func (p *Policy) key(s Subject, a annotated) (cache.Key, *Refusal) {
 	if a.duration.value != "" {
 		d, err := time.ParseDuration(a.duration.value)
 		if err != nil {
-			return k, a.duration.invalid(EventInvalidAnnotation, "%s is not a duration such as 1h or 90m", quoted(a.duration.value))
+			return k, a.duration.invalid(EventInvalidAnnotation, a.duration.correct(s, "1h"), "%s is not a duration such as 1h or 90m", quoted(a.duration.value))
 		}
 		if k.Duration, err = p.checkDuration(d); err != nil {
-			return k, a.duration.invalid(EventInvalidAnnotation, "%s: %v", quoted(a.duration.value), err)
+			return k, a.duration.invalid(EventInvalidAnnotation, a.duration.correct(s, "1h"), "%s: %v", quoted(a.duration.value), err)
 		}
 	}
 	if p.Issuer == IssuerWebIdentity {
 		var refusal *Refusal
-		k.Audience, refusal = p.audience(a)
+		k.Audience, refusal = p.audience(s, a)
 		return k, refusal
 	}
 	if id := a.externalID; id.value != "" {
 		if n := len(id.value); n < 2 || n > 1224 || !only(id.value, isExternalIDByte) {
-			return k, id.invalid(EventInvalidAnnotation, "%s is not 2 to 1224 letters, digits and _+=,.@:/-", quoted(id.value))
+			return k, id.invalid(EventInvalidAnnotation, "use the external ID that the role's trust policy asks for", "%s is not 2 to 1224 letters, digits and _+=,.@:/-", quoted(id.value))
 		}
 		k.ExternalID = id.value
 	}
@@ -310,17 +304,21 @@ func (p *Policy) key(s Subject, a annotated) (cache.Key, *Refusal) {
 
 // audience of the web identity token. What AssumeRoleWithWebIdentity does not take is refused: to leave an external ID out
 // would be to ignore what somebody relies on.
-func (p *Policy) audience(a annotated) (string, *Refusal) {
+func (p *Policy) audience(s Subject, a annotated) (string, *Refusal) {
 	if a.externalID.value != "" {
-		return "", a.externalID.invalid(EventInvalidAnnotation,
-			"AssumeRoleWithWebIdentity takes no external ID; remove the annotation and let the role's trust policy name the service account instead")
+		return "", a.externalID.invalid(EventInvalidAnnotation, "remove the annotation and let the role's trust policy name the service account instead",
+			"AssumeRoleWithWebIdentity takes no external ID")
 	}
 	audience := a.audience.value
 	if audience == "" && len(p.Audiences) > 0 {
 		audience = p.Audiences[0]
 	}
 	if !slices.Contains(p.Audiences, audience) {
-		return "", a.audience.invalid(EventInvalidAnnotation, "%s is none of the audiences that imdsgate was given with -audiences: %s",
+		fix := "add it to -audiences"
+		if len(p.Audiences) > 0 {
+			fix += ", or " + a.audience.correct(s, p.Audiences[0])
+		}
+		return "", a.audience.invalid(EventInvalidAnnotation, fix, "%s is none of the audiences that imdsgate was given with -audiences: %s",
 			quoted(audience), quoted(strings.Join(p.Audiences, ",")))
 	}
 	return audience, nil
@@ -370,18 +368,20 @@ func isExternalIDByte(c byte) bool { return isNameByte(c) || c == ':' || c == '/
 func isTagByte(c byte) bool { return isExternalIDByte(c) && c != ',' }
 
 // oneLine bounds a text that is shown to pods and in Events: printable, at most maxText bytes.
-func oneLine(s string) string {
+func oneLine(s string) string { return oneLineOf(s, maxText) }
+
+func oneLineOf(s string, limit int) string {
 	s = strings.Map(func(r rune) rune {
 		if !unicode.IsPrint(r) {
 			return ' '
 		}
 		return r
 	}, s)
-	if len(s) <= maxText {
+	if len(s) <= limit {
 		return s
 	}
 	const cut = "…"
-	return strings.ToValidUTF8(s[:maxText-len(cut)], "") + cut
+	return strings.ToValidUTF8(s[:limit-len(cut)], "") + cut
 }
 
 // NamespaceRules are a namespace's role patterns, compiled once when the object changes.
@@ -389,7 +389,8 @@ type NamespaceRules struct {
 	hasGlobs, hasRegexp bool // the annotation is there and the policy reads it
 	globs               []string
 	pattern             *regexp.Regexp
-	unreadable          error // of one line; then nothing is permitted
+	expression          string // that pattern is made of
+	unreadable          error  // of one line; then nothing is permitted
 }
 
 // Compile reads a namespace's annotations. What cannot be compiled becomes rules that permit nothing and say why. With both
@@ -407,7 +408,7 @@ func (p *Policy) Compile(annotations map[string]string) *NamespaceRules {
 	}
 	if p.NamespacePolicy == NamespacePolicyRegexp || p.NamespacePolicy == NamespacePolicyAuto {
 		if expr, ok := annotations[AnnotationPermitted]; ok {
-			n.hasRegexp = true
+			n.hasRegexp, n.expression = true, expr
 			if n.pattern, n.unreadable = compileRegexp(expr); n.unreadable != nil {
 				n.unreadable = fmt.Errorf("annotation %s: %w", AnnotationPermitted, n.unreadable)
 			}
@@ -495,7 +496,11 @@ func (p *Policy) deny(s Subject, role string) string {
 		if p.Issuer == IssuerWebIdentity {
 			return "" // the role's trust policy names the service accounts that may have it
 		}
-		return p.advise(s.Pod.Namespace, role)
+		name := AnnotationAllowedRoles
+		if p.NamespacePolicy == NamespacePolicyRegexp {
+			name = AnnotationPermitted
+		}
+		return fmt.Sprintf("namespace %s does not permit role %s: it permits none, it has no %s annotation", s.Pod.Namespace, role, name)
 	}
 	var against []string
 	if n.hasGlobs && !slices.ContainsFunc(n.globs, func(glob string) bool { return match(glob, role) }) {
@@ -508,21 +513,6 @@ func (p *Policy) deny(s Subject, role string) string {
 		return ""
 	}
 	return fmt.Sprintf("namespace %s does not permit role %s: %s", s.Pod.Namespace, role, strings.Join(against, ", and "))
-}
-
-// advise tells which annotation a namespace without any needs, as a command to paste. The role is whatever the author of a
-// pod wrote, and the reader may do much: a role that means more to a shell or in a pattern than itself is not put into it.
-func (p *Policy) advise(namespace, role string) string {
-	name, value := AnnotationAllowedRoles, `["`+role+`"]`
-	if p.NamespacePolicy == NamespacePolicyRegexp {
-		name, value = AnnotationPermitted, regexp.QuoteMeta(role)
-	}
-	text := fmt.Sprintf("namespace %s permits no role: it has no %s annotation", namespace, name)
-	harmless := func(c byte) bool { return isExternalIDByte(c) }
-	if !only(role, harmless) || !only(namespace, isLowerDigitDash) || len(text)+len(value) > maxText-200 {
-		return text + " that would permit " + quoted(role)
-	}
-	return fmt.Sprintf("%s; to permit the role: kubectl annotate namespace %s %s='%s'", text, namespace, name, value)
 }
 
 // match says whether a glob matches all of s: * is any run of bytes, / included, ? is one byte. It takes at most

@@ -139,17 +139,18 @@ func TestAuthorizeRefuses(t *testing.T) {
 		want         Refusal  // its text, or else:
 		parts        []string // of its text
 	}{
-		{name: "no role", want: Refusal{Kind: NoRole, Text: "service account shop/cart has no eks.amazonaws.com/role-arn annotation"}},
+		{name: "no role", want: Refusal{Kind: NoRole, Event: EventNoRole, Text: "service account shop/cart has no eks.amazonaws.com/role-arn annotation"}},
 		{name: "no role, pod annotations ignored", pod: map[string]string{AnnotationPodRole: testARN},
-			want: Refusal{Kind: NoRole, Text: "service account shop/cart has no eks.amazonaws.com/role-arn annotation"}},
-		{name: "no role anywhere", policy: podAnnotations, want: Refusal{Kind: NoRole,
+			want: Refusal{Kind: NoRole, Event: EventNoRole, Text: "service account shop/cart has no eks.amazonaws.com/role-arn annotation" +
+				"; the iam.amazonaws.com/role annotation of pod shop/cart-7 counts with -pod-annotations alone"}},
+		{name: "no role anywhere", policy: podAnnotations, want: Refusal{Kind: NoRole, Event: EventNoRole,
 			Text: "service account shop/cart has no eks.amazonaws.com/role-arn annotation, and pod shop/cart-7 has no iam.amazonaws.com/role annotation"}},
-		{name: "no service account", subject: func(s *Subject) { s.ServiceAccountAbsent = true }, want: Refusal{Kind: NoRole,
+		{name: "no service account", subject: func(s *Subject) { s.ServiceAccountAbsent = true }, want: Refusal{Kind: NoRole, Event: EventNoRole,
 			Text: "service account shop/cart does not exist, so it has no eks.amazonaws.com/role-arn annotation"}},
 		{name: "mirror pod", policy: func(p *Policy) { p.PodAnnotations, p.DefaultRole = true, testARN }, subject: func(s *Subject) { s.Pod.ServiceAccount = "" },
 			pod: map[string]string{AnnotationPodRole: testARN}, want: Refusal{Kind: NoRole, Text: "pod shop/cart-7 has no service account, so it has no role"}},
 		{name: "default role is not for web identity", policy: func(p *Policy) { webIdentity(p); p.DefaultRole = testARN },
-			want: Refusal{Kind: NoRole, Text: "service account shop/cart has no eks.amazonaws.com/role-arn annotation"}},
+			want: Refusal{Kind: NoRole, Event: EventNoRole, Text: "service account shop/cart has no eks.amazonaws.com/role-arn annotation"}},
 		{name: "bad ARN", account: withRole(AnnotationRoleARN, "arn:oops"), want: Refusal{Kind: Invalid, Event: EventInvalidRoleARN, OnServiceAccount: true},
 			parts: []string{AnnotationRoleARN, "service account shop/cart", `"arn:oops"`, roleARNForm}},
 		{name: "bad ARN of the pod", policy: podAnnotations, pod: map[string]string{AnnotationPodRole: "arn:\x00\n" + strings.Repeat("x", 64<<10)},
@@ -161,9 +162,9 @@ func TestAuthorizeRefuses(t *testing.T) {
 		{name: "namespace not known", account: withRole(), subject: func(s *Subject) { s.Namespace = nil }, want: Refusal{Kind: Denied, Event: EventRoleDenied},
 			parts: []string{"namespace shop"}},
 		{name: "long role", account: withRole(AnnotationRoleARN, "arn:minio:iam:::role/"+strings.Repeat("x/", 1000)+"r"), subject: func(s *Subject) { s.Namespace = &NamespaceRules{hasGlobs: true} },
-			want: Refusal{Kind: Denied, Event: EventRoleDenied}, parts: []string{"does not permit role arn:minio", "x/…"}},
+			want: Refusal{Kind: Denied, Event: EventRoleDenied}, parts: []string{"does not permit role arn:minio", "…; fix: let annotation"}},
 		{name: "role too long for a command", account: withRole(AnnotationRoleARN, "arn:minio:iam:::role/"+strings.Repeat("x/", 500)+"r"), subject: func(s *Subject) { s.Namespace = &NamespaceRules{} },
-			want: Refusal{Kind: Denied, Event: EventRoleDenied}, parts: []string{"annotation that would permit \"arn:minio"}},
+			want: Refusal{Kind: Denied, Event: EventRoleDenied}, parts: []string{"does not permit role arn:minio", "…; fix: let annotation"}},
 		{name: "duration", account: withRole(AnnotationSessionDuration, "an hour"), want: Refusal{Kind: Invalid, Event: EventInvalidAnnotation, OnServiceAccount: true},
 			parts: []string{AnnotationSessionDuration, `"an hour"`, "90m"}},
 		{name: "short duration", account: withRole(AnnotationSessionDuration, "44m59s"), want: Refusal{Kind: Invalid, Event: EventInvalidAnnotation, OnServiceAccount: true}, parts: []string{"45m to 12h"}},
@@ -190,15 +191,16 @@ func TestAuthorizeRefuses(t *testing.T) {
 			if grant != nil || got == nil || conflict != "" {
 				t.Fatalf("granted %+v, conflict %q", grant, conflict)
 			}
-			checkText(t, got.Text)
+			checkText(t, got.Error())
 			for _, part := range tt.parts {
-				if !strings.Contains(got.Text, part) {
-					t.Errorf("text %q, want %q in it", got.Text, part)
+				if !strings.Contains(got.Error(), part) {
+					t.Errorf("text %q, want %q in it", got, part)
 				}
 			}
 			if tt.parts != nil {
 				tt.want.Text = got.Text
 			}
+			tt.want.Fix, tt.want.Misplaced = got.Fix, got.Misplaced // see TestFixes
 			if diff := cmp.Diff(&tt.want, got); diff != "" {
 				t.Errorf("refusal (-want +got):\n%s", diff)
 			}
@@ -309,10 +311,10 @@ func TestNamespacePolicy(t *testing.T) {
 					if refusal.Kind != Denied || refusal.Event != EventRoleDenied || refusal.OnServiceAccount {
 						t.Errorf("refusal %+v", refusal)
 					}
-					checkText(t, refusal.Text)
+					checkText(t, refusal.Error())
 					for _, part := range tt.text {
-						if !strings.Contains(refusal.Text, part) {
-							t.Errorf("text %q, want %q in it", refusal.Text, part)
+						if !strings.Contains(refusal.Error(), part) {
+							t.Errorf("text %q, want %q in it", refusal, part)
 						}
 					}
 				}
@@ -322,24 +324,37 @@ func TestNamespacePolicy(t *testing.T) {
 }
 
 // The command that a refusal advises does what it says when a person pastes it, and no more, whatever the author of the pod
-// chose as the role.
+// chose as the role and whatever the namespace permits already.
 func TestAdviceCanBePasted(t *testing.T) {
-	for _, mode := range []string{NamespacePolicyGlob, NamespacePolicyRegexp, NamespacePolicyAuto} {
-		p := testPolicy(func(p *Policy) { p.NamespacePolicy = mode })
-		advice := func(role string) (refusal *Refusal, command string) {
+	const before = "arn:aws:iam::123456789012:role/before"
+	for _, tt := range []struct {
+		mode   string
+		now    map[string]string // the namespace's annotations
+		append bool              // role before stays permitted
+	}{
+		{mode: NamespacePolicyGlob}, {mode: NamespacePolicyRegexp}, {mode: NamespacePolicyAuto},
+		{mode: NamespacePolicyGlob, now: map[string]string{AnnotationAllowedRoles: `["` + before + `", "arn:aws:iam::1:role/x/*?"]`}, append: true},
+		{mode: NamespacePolicyAuto, now: map[string]string{AnnotationPermitted: "(.*:role/before|x)"}, append: true},
+		{mode: NamespacePolicyAuto, now: map[string]string{AnnotationAllowedRoles: before}},
+		{mode: NamespacePolicyAuto, now: map[string]string{AnnotationPermitted: "("}},
+	} {
+		p := testPolicy(func(p *Policy) { p.NamespacePolicy = tt.mode })
+		advice := func(role string) string {
 			s := testSubject(p, withRole(AnnotationRoleARN, role), nil)
-			s.Namespace = p.Compile(nil)
-			_, refusal, _ = p.Authorize(s)
-			_, command, _ = strings.Cut(refusal.Text, "kubectl ")
-			return refusal, command
+			s.Namespace = p.Compile(tt.now)
+			_, refusal, _ := p.Authorize(s)
+			return refusal.Fix
 		}
 		for _, role := range []string{testARN, "arn:minio:iam:us-east-1::role/a+b=c,d.e@f_g-h"} {
-			_, command := advice(role)
+			command, pasted := strings.CutPrefix(advice(role), "kubectl ")
 			out, err := exec.Command("sh", "-c", "printf '%s\\n' "+command).Output()
-			if err != nil {
-				t.Fatal(err)
+			if err != nil || !pasted {
+				t.Fatal(command, err)
 			}
 			words := strings.Split(strings.TrimSuffix(string(out), "\n"), "\n")
+			if tt.now != nil && words[len(words)-1] == "--overwrite" {
+				words = words[:len(words)-1]
+			}
 			if len(words) != 4 || strings.Join(words[:3], " ") != "annotate namespace shop" {
 				t.Fatalf("the shell reads %q as %q", command, words)
 			}
@@ -353,11 +368,26 @@ func TestAdviceCanBePasted(t *testing.T) {
 			if grant, _, _ := p.Authorize(s); grant != nil {
 				t.Errorf("after %q every role is permitted", command)
 			}
+			s.ServiceAccountAnnotations[AnnotationRoleARN] = before
+			if grant, _, _ := p.Authorize(s); (grant != nil) != tt.append {
+				t.Errorf("after %q role before is permitted: %v", command, grant != nil)
+			}
 		}
 		for _, role := range []string{"arn:aws:iam::123456789012:role/';id;'/r", "arn:aws:iam::123456789012:role/*/r", "arn:aws:iam::123456789012:role/\"/r"} {
-			if refusal, command := advice(role); command != "" || !strings.Contains(refusal.Text, "annotation that would permit") {
-				t.Errorf("advice %q", refusal.Text)
+			if fix := advice(role); strings.Contains(fix, "kubectl") || !strings.Contains(fix, "of namespace shop permit the role") {
+				t.Errorf("fix %q", fix)
 			}
+		}
+	}
+	// What stands there already is not pasted either, where it would leave its quotes.
+	p := testPolicy(func(p *Policy) { p.NamespacePolicy = NamespacePolicyAuto })
+	for _, now := range []map[string]string{
+		{AnnotationPermitted: "x';id;'"}, {AnnotationAllowedRoles: `["arn:x';id;'"]`}, {AnnotationAllowedRoles: `["arn:x\\"]`}, {AnnotationPermitted: "x\n"},
+	} {
+		s := testSubject(p, withRole(), nil)
+		s.Namespace = p.Compile(now)
+		if _, refusal, _ := p.Authorize(s); strings.Contains(refusal.Fix, "kubectl") {
+			t.Errorf("fix %q", refusal.Fix)
 		}
 	}
 }

@@ -71,6 +71,7 @@ type Server struct {
 	logLines      *rateLimits[logCause]
 	serverLines   *rateLimits[struct{}] // net/http's own complaints
 	conns         *shares
+	denials       denials
 
 	accepted atomic.Int64 // when the newest connection came, Unix nanoseconds
 	draining atomic.Bool

@@ -68,23 +68,23 @@ func status(err error) (code int, reason, text string) {
 	if r, ok := errors.AsType[*Refusal](err); ok {
 		switch r.Kind {
 		case NoRole:
-			return http.StatusNotFound, reasonNoRole, publicText(r.Text)
+			return http.StatusNotFound, reasonNoRole, publicText(r.Error())
 		case Denied:
-			return http.StatusForbidden, reasonDenied, publicText(r.Text)
+			return http.StatusForbidden, reasonDenied, publicText(r.Error())
 		default:
-			return http.StatusForbidden, reasonInvalid, publicText(r.Text)
+			return http.StatusForbidden, reasonInvalid, publicText(r.Error())
 		}
 	}
 	if i, ok := errors.AsType[*cache.IssueError](err); ok {
 		if i.Denied {
 			return http.StatusForbidden, reasonCredentials, publicText(i.Error())
 		}
-		// What failed on the way to STS is the operator's to know, addresses and all; STS's own code is no secret.
+		// What failed on the way to STS is the operator's to know, addresses and all; STS's own code and what to do are no secret.
 		text := "no credentials available yet, ask again; the log of this node's imdsgate says why"
 		if i.Code != "" {
 			text = "no credentials available yet, STS answered " + i.Code + ", ask again"
 		}
-		return http.StatusServiceUnavailable, reasonUnavailable, publicText(text)
+		return http.StatusServiceUnavailable, reasonUnavailable, publicText(withFix(text, i.Hint))
 	}
 	code = http.StatusServiceUnavailable
 	switch {

@@ -1,0 +1,63 @@
+package proxy
+
+import (
+	"strings"
+	"testing"
+)
+
+// Each refusal says what to do about it, where it can be done.
+func TestFixes(t *testing.T) {
+	webIdentity := func(p *Policy) { p.Issuer = IssuerWebIdentity }
+	noBase := func(p *Policy) { p.BaseRoleARN = "" }
+	absent := func(s *Subject) { s.ServiceAccountAbsent = true }
+	const account = "kubectl annotate serviceaccount -n shop cart "
+	for _, tt := range []struct {
+		name    string
+		policy  func(*Policy)
+		account map[string]string
+		pod     map[string]string
+		subject func(*Subject)
+		fix     string
+	}{
+		{name: "no role", policy: noBase, fix: account + "eks.amazonaws.com/role-arn=arn:aws:iam::ACCOUNT:role/ROLE"},
+		{name: "no role with a base", policy: func(p *Policy) { p.BaseRoleARN = "arn:aws:iam::123456789012:role/team" }, fix: account + "eks.amazonaws.com/role-arn=arn:aws:iam::123456789012:role/team/ROLE"},
+		{name: "no service account", policy: noBase, subject: absent, fix: account + "eks.amazonaws.com/role-arn=arn:aws:iam::ACCOUNT:role/ROLE"},
+		{name: "role on the pod", pod: map[string]string{AnnotationRoleARN: testARN}, fix: account + "eks.amazonaws.com/role-arn=" + testARN},
+		{name: "kube2iam's role on the pod", pod: map[string]string{AnnotationPodRole: testARN}, fix: account + "eks.amazonaws.com/role-arn=" + testARN},
+		{name: "hostile role on the pod", policy: noBase, pod: map[string]string{AnnotationPodRole: "arn:aws:iam::123456789012:role/';id;'/r"}, fix: ""},
+		{name: "mirror pod", subject: func(s *Subject) { s.Pod.ServiceAccount = "" }, fix: "static pods cannot have a role: run it as a DaemonSet or Deployment with a service account"},
+		{name: "user", policy: noBase, account: withRole(AnnotationRoleARN, "arn:aws:iam::123456789012:user/bob"), fix: account + "eks.amazonaws.com/role-arn=arn:aws:iam::ACCOUNT:role/ROLE --overwrite"},
+		{name: "duration", account: withRole(AnnotationSessionDuration, "1 h"), fix: account + "imdsgate.dev/session-duration=1h --overwrite"},
+		{
+			name: "audience", policy: webIdentity, account: withRole(AnnotationAudience, "vault"),
+			fix: "add it to -audiences, or " + account + "eks.amazonaws.com/audience=sts.amazonaws.com --overwrite",
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := testPolicy(tt.policy)
+			s := testSubject(p, tt.account, tt.pod)
+			if tt.subject != nil {
+				tt.subject(&s)
+			}
+			_, got, _ := p.Authorize(s)
+			if got == nil || got.Fix != tt.fix {
+				t.Fatalf("fix (-want +got):\n- %s\n+ %+v", tt.fix, got)
+			}
+			if want := tt.pod != nil; got.Misplaced != want {
+				t.Errorf("misplaced: %v", got.Misplaced)
+			}
+			if tt.fix != "" && !strings.HasSuffix(got.Error(), "; fix: "+tt.fix) {
+				t.Errorf("error %q", got)
+			}
+			if _, _, text := status(got); text != got.Error() {
+				t.Errorf("the pod is told %q", text)
+			}
+		})
+	}
+	long := &Refusal{Text: strings.Repeat("é", maxText), Fix: strings.Repeat("x ", maxFix/2)}
+	long.bound()
+	checkText(t, long.Error())
+	if len(long.Fix) != maxFix {
+		t.Errorf("a fix of %d bytes is cut to %d", maxFix, len(long.Fix))
+	}
+}
