@@ -269,7 +269,7 @@ func (q request) document(c *Caller, g *Grant) answer {
 	if err != nil {
 		return q.credentialsFailed(c, err)
 	}
-	if at := creds.Issued.UnixNano(); c.handedOut.Load() != at && c.handedOut.Swap(at) != at {
+	if at := creds.Issued.UnixNano(); g.handedOut.Load() != at && g.handedOut.Swap(at) != at {
 		q.s.logHandedOut(q, c, g, creds)
 	}
 	return answer{body: creds.Document(), caller: c, waited: waited}
@@ -397,7 +397,7 @@ type logCause struct {
 }
 
 // logHandedOut completes the cache's line about the session: an access key in CloudTrail leads to the pods that had it. It is
-// written once for each session of a pod, and again when something about the pod or its role changed.
+// written once for each session of a pod, and again when the role was decided anew.
 func (s *Server) logHandedOut(q request, c *Caller, g *Grant, creds *cache.Credentials) {
 	s.log.Info("session handed out", "namespace", c.Pod.Namespace, "pod", c.Pod.Name, "pod_uid", c.Pod.UID,
 		"service_account", c.Pod.ServiceAccount, "source_ip", q.ip.String(), "role_arn", g.Key.RoleARN,

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -9,6 +10,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/imdsgate/imdsgate/cache"
 )
@@ -189,13 +192,76 @@ func TestEvents(t *testing.T) {
 	}
 }
 
+// Each session of each pod leaves one line when it is first given, by which an access key of CloudTrail leads to the pods that
+// had it; and a list gives nothing.
+func TestAuditNamesThePod(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	l.callers.set(podIPs["other"], caller("other", grant("team/my-role"), nil), nil) // two pods, one session
+	l.warm(t, "role")
+	l.get(t, "role", roleList+"/")
+	if s := l.logged.String(); strings.Contains(s, "handed out") {
+		t.Errorf("nothing was handed out yet: %s", s)
+	}
+	ask := func(pod string) { l.get(t, pod, roleList+"/my-role") }
+	for range 3 {
+		ask("role")
+		ask("other")
+	}
+	l.callers.set(podIPs["role"], caller("role", grant("other-role"), nil), nil) // a decision changes
+	l.get(t, "role", roleList+"/other-role")
+
+	type line struct {
+		Msg, Namespace, Pod string
+		PodUID              string `json:"pod_uid"`
+		ServiceAccount      string `json:"service_account"`
+		SourceIP            string `json:"source_ip"`
+		RoleARN             string `json:"role_arn"`
+		SessionName         string `json:"session_name"`
+		AccessKeyID         string `json:"access_key_id"`
+		Expires             time.Time
+	}
+	var got []line
+	for text := range strings.Lines(l.logged.String()) {
+		var one line
+		if err := json.Unmarshal([]byte(text), &one); err != nil {
+			t.Fatal(err)
+		}
+		if one.Msg != "session handed out" {
+			continue
+		}
+		if left := time.Until(one.Expires); left < 59*time.Minute || left > time.Hour {
+			t.Errorf("expires in %v", left)
+		}
+		one.Expires = time.Time{}
+		got = append(got, one)
+	}
+	of := func(pod, role, key string) line {
+		return line{
+			Msg: "session handed out", Namespace: "shop", Pod: pod, PodUID: pod, ServiceAccount: pod + "-sa", SourceIP: podIPs[pod].String(),
+			RoleARN: testRoleARN + role, SessionName: grant(role).Key.SessionName, AccessKeyID: key,
+		}
+	}
+	if diff := cmp.Diff([]line{
+		of("role", "team/my-role", "ASIA-my-role-1"), of("other", "team/my-role", "ASIA-my-role-1"), of("role", "other-role", "ASIA-other-role-1"),
+	}, got); diff != "" {
+		t.Errorf("lines (-want +got):\n%s", diff)
+	}
+	if strings.Contains(l.logged.String(), "SECRET") || strings.Contains(l.logged.String(), "TOKEN") {
+		t.Errorf("a secret is logged: %s", l.logged)
+	}
+}
+
 func TestLog(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	l.warm(t, "role")
+	l.get(t, "role", roleList+"/my-role") // which hands out the session
+	before := l.logged.String()
 	l.get(t, "role", roleList+"/my-role")
-	if s := l.logged.String(); s != "" {
-		t.Errorf("a hit is logged: %s", s)
+	l.get(t, "role", roleList+"/")
+	if s := l.logged.String(); s != before {
+		t.Errorf("a hit is logged: %s", strings.TrimPrefix(s, before))
 	}
 	l.get(t, "sts-denied", roleList+"/")
 	l.get(t, "special", roleList+"/")

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"sync/atomic"
 	"time"
 
 	"github.com/imdsgate/imdsgate/cache"
@@ -24,11 +25,14 @@ type Caller struct {
 	Refusal *Refusal
 }
 
-// Grant is the role that a pod may have.
+// Grant is the role that one pod may have.
 type Grant struct {
 	Key  cache.Key
 	Role string // last segment of the role's ARN: what the role list shows
 	Path string // path and name, as kube2iam's clients may ask for it: team/my-role
+
+	// handedOut is the time of issue, in Unix nanoseconds, of the session that the pod was given last: each is logged once.
+	handedOut atomic.Int64
 }
 
 // RefusalKind says what stands between a known pod and credentials.

@@ -146,6 +146,9 @@ func New(ctx context.Context, o Options) (*STS, error) {
 			if err != nil {
 				return aws.Credentials{}, err
 			}
+			// The pods' sessions have their line from the cache. In CloudTrail this one has asked for them.
+			log.InfoContext(ctx, "intermediate session issued", "role_arn", key.RoleARN, "session_name", key.SessionName,
+				"access_key_id", c.AccessKeyID, "expires", c.Expires.UTC(), "sts_request_id", c.RequestID)
 			return aws.Credentials{
 				AccessKeyID: c.AccessKeyID, SecretAccessKey: c.SecretAccessKey(), SessionToken: c.SessionToken(),
 				CanExpire: true, Expires: c.Expires, Source: "imdsgate",
