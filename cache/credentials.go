@@ -114,7 +114,7 @@ type IssueError struct {
 func (e *IssueError) Error() string {
 	s := e.Err.Error()
 	if e.Hint != "" {
-		s += ": " + e.Hint
+		s += "; fix: " + e.Hint
 	}
 	return s
 }

@@ -196,7 +196,7 @@ func TestClockAhead(t *testing.T) {
 func TestIssueError(t *testing.T) {
 	cause := errors.New("AccessDenied: no")
 	var err error = &IssueError{Code: "AccessDenied", Denied: true, Hint: "change the trust policy", Err: cause}
-	if got, want := err.Error(), "AccessDenied: no: change the trust policy"; got != want || !errors.Is(err, cause) {
+	if got, want := err.Error(), "AccessDenied: no; fix: change the trust policy"; got != want || !errors.Is(err, cause) {
 		t.Errorf("error %q, want %q", got, want)
 	}
 	// A denial is told from a failure through any wrapping, and the last error survives its entry's unavailability.

@@ -181,7 +181,7 @@ func TestEvents(t *testing.T) {
 	for _, want := range []string{
 		"shop/denied sa=false RoleDenied: namespace shop does not permit the role",
 		"shop/invalid sa=true InvalidRoleARN: not a role ARN",
-		"shop/sts-denied sa=false CredentialsFailed: STS refused AssumeRole (AccessDenied): let the trust policy of " + testRoleARN + "refused-by-sts name the node's role",
+		"shop/sts-denied sa=false CredentialsFailed: STS refused AssumeRole (AccessDenied); fix: let the trust policy of " + testRoleARN + "refused-by-sts name the node's role",
 	} {
 		if !l.reports.have(want) {
 			t.Errorf("no Event %q in %q", want, l.reports.list)

@@ -43,7 +43,7 @@ func TestStatus(t *testing.T) {
 		{&Refusal{Kind: NoRole, Text: `{"Code": "Success"}`}, 404, reasonNoRole, `refused: {"Code": "Success"}`},
 		{&Refusal{Kind: NoRole, Text: "two\r\nlines\x00\u0085"}, 404, reasonNoRole, "two  lines"},
 		{&Refusal{Kind: NoRole, Text: strings.Repeat("é ", 4096)}, 404, reasonNoRole, ""},
-		{&cache.IssueError{Denied: true, Code: "AccessDenied", Err: errors.New("STS refused"), Hint: "add sts:TagSession"}, 403, reasonCredentials, "STS refused: add sts:TagSession"},
+		{&cache.IssueError{Denied: true, Code: "AccessDenied", Err: errors.New("STS refused"), Hint: "add sts:TagSession"}, 403, reasonCredentials, "STS refused; fix: add sts:TagSession"},
 		{fmt.Errorf("%w: %w", cache.ErrUnavailable, &cache.IssueError{Err: errors.New("dial 10.0.0.1: " + secret)}), 503, reasonUnavailable, "no credentials available yet, ask again; the log of this node's imdsgate says why"},
 		{fmt.Errorf("%w: %w", cache.ErrUnavailable, &cache.IssueError{Code: "Throttling", Err: errors.New(secret)}), 503, reasonUnavailable, "no credentials available yet, STS answered Throttling, ask again"},
 		{cache.ErrUnavailable, 503, reasonUnavailable, "no credentials available yet, ask again"},

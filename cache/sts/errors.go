@@ -10,7 +10,6 @@ import (
 	"unicode"
 	"unicode/utf8"
 
-	"github.com/aws/aws-sdk-go-v2/aws/arn"
 	"github.com/aws/smithy-go"
 	smithyhttp "github.com/aws/smithy-go/transport/http"
 
@@ -19,8 +18,9 @@ import (
 
 // Bounds in bytes of what a pod and an Event are shown: STS's own text can be kilobytes of encoded authorization message.
 const (
-	maxText = 512
-	maxHint = 400
+	maxText  = 512
+	maxHint  = 720 // a statement of a trust policy; a longer one is told in words
+	maxShown = 1000
 )
 
 // failure is an error with a text fit to be shown; its cause stays reachable for errors.Is and errors.As.
@@ -48,18 +48,19 @@ func (s *STS) failure(op string, key cache.Key, err error, token string) *cache.
 	}
 	api, ok := errors.AsType[smithy.APIError](err)
 	if !ok || status(err) == 0 || !fromSTS(api) {
-		return &cache.IssueError{Err: &failure{text: oneLine(text+": "+noAnswer(err), maxText), err: err}}
+		return &cache.IssueError{Err: &failure{text: oneLine(text+": "+noAnswer(err), maxText), err: err}, Hint: unansweredHint(err)}
 	}
 	message, _, _ := strings.Cut(api.ErrorMessage(), "Encoded authorization failure message")
 	if token != "" {
 		message = strings.ReplaceAll(message, token, "[token]")
 	}
 	code := oneLine(api.ErrorCode(), 64)
+	hint := oneLine(s.hint(op, key, refusal{code, message, token}), maxHint)
 	return &cache.IssueError{
 		Code:   code,
 		Denied: denied(code, message, status(err)),
-		Hint:   oneLine(s.hint(op, key, code, message), maxHint),
-		Err:    &failure{text: oneLine(text+": "+code+": "+message, maxText), err: err},
+		Hint:   hint,
+		Err:    &failure{text: oneLine(text+": "+code+": "+message, min(maxText, maxShown-len(hint))), err: err},
 	}
 }
 
@@ -137,90 +138,6 @@ func ownCredentialsRefused(code string) bool {
 		return true
 	}
 	return false
-}
-
-// hint says what to change.
-func (s *STS) hint(op string, key cache.Key, code, message string) string {
-	switch code {
-	case "AccessDenied":
-		if op == opWebIdentity {
-			return fmt.Sprintf("the role's trust policy must allow sts:AssumeRoleWithWebIdentity to the cluster's OIDC provider for "+
-				"sub %q and aud %q", subject(key), key.Audience)
-		}
-		if op == opAssumeRole {
-			return s.assumeRoleHint(key, message)
-		}
-	case "InvalidIdentityToken":
-		switch {
-		case strings.Contains(message, "OpenIDConnect provider"), strings.Contains(message, "issuer"):
-			return "create an IAM OIDC provider for the cluster's issuer in the role's account"
-		case strings.Contains(message, "verification key"):
-			return "STS must be able to fetch the keys of the cluster's issuer"
-		case strings.Contains(message, "audience"):
-			return fmt.Sprintf("the cluster's IAM OIDC provider must have the client ID %q", key.Audience)
-		}
-	case "IDPCommunicationError":
-		return "STS must be able to fetch the keys of the cluster's issuer"
-	case "ValidationError":
-		switch {
-		case strings.Contains(message, "role chaining"):
-			return "shorten the session duration to 1h"
-		case strings.Contains(message, "MaxSessionDuration"):
-			return "shorten the session duration, or raise the role's MaxSessionDuration"
-		case strings.Contains(message, "roleArn"), strings.Contains(message, "ARN"):
-			return "correct the role's ARN"
-		}
-	case "RegionDisabledException":
-		return "activate this region's STS endpoint in the role's account"
-	case "PackedPolicyTooLarge":
-		return "the session tags are too long: turn -session-tags off"
-	case "RequestExpired", "SignatureDoesNotMatch":
-		return "check the node's clock and credentials"
-	case "ExpiredToken", "ExpiredTokenException", "InvalidClientTokenId":
-		if op != opWebIdentity {
-			return "the node's own credentials are not accepted"
-		}
-	}
-	return ""
-}
-
-func (s *STS) assumeRoleHint(key cache.Key, message string) string {
-	actions := "sts:AssumeRole"
-	if key.Tags != (cache.Tags{}) {
-		actions = "sts:AssumeRole and sts:TagSession"
-	}
-	who := principal(message)
-	if who == "" {
-		who = "the node's role"
-		if s.intermediate != nil {
-			who = "the intermediate role"
-		}
-	}
-	externalID := "without an external ID"
-	if key.ExternalID != "" {
-		externalID = "with the external ID of the annotation"
-	}
-	return fmt.Sprintf("the role's trust policy must allow %s to %s, %s; the caller's own policy must allow it too if the role is in "+
-		"another account or trusts all of its own", actions, who, externalID)
-}
-
-// principal finds who was refused in STS's text, "User: arn:aws:sts::123456789012:assumed-role/node/i-0 is not authorized …".
-func principal(message string) string {
-	_, rest, found := strings.Cut(message, "User: ")
-	who, _, _ := strings.Cut(rest, " ")
-	a, err := arn.Parse(who)
-	if !found || err != nil {
-		return ""
-	}
-	if session, ok := strings.CutPrefix(a.Resource, "assumed-role/"); ok {
-		role, _, _ := strings.Cut(session, "/")
-		return fmt.Sprintf("the role %s of account %s", role, a.AccountID)
-	}
-	return who
-}
-
-func subject(key cache.Key) string {
-	return "system:serviceaccount:" + key.Namespace + ":" + key.ServiceAccount
 }
 
 // oneLine cuts s to limit bytes of printable text.

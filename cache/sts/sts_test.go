@@ -35,7 +35,7 @@ const (
 	nodeSecret    = "NODE-SECRET-ACCESS-KEY"
 	issuedSecret  = "ISSUED-SECRET-ACCESS-KEY"
 	issuedSession = "ISSUED-SESSION-TOKEN"
-	webToken      = "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJhIn0.c2lnbmF0dXJl"
+	webToken      = "eyJhbGciOiJSUzI1NiJ9.eyJpc3MiOiJodHRwczovL29pZGMuZXhhbXBsZS9pZC8xIiwic3ViIjoiYSJ9.c2lnbmF0dXJl"
 )
 
 var (
@@ -435,18 +435,19 @@ func TestHints(t *testing.T) {
 		want          []string
 	}{
 		{"principal", false, key, 403, "AccessDenied", nodeMessage,
-			[]string{"the role's trust policy must allow sts:AssumeRole to the role node-role of account 111122223333, without an external ID;"}},
+			[]string{`trust policy: {"Effect":"Allow","Principal":{"AWS":"arn:aws:iam::111122223333:role/node-role"},"Action":"sts:AssumeRole"}`}},
 		{"tags", false, tagged, 403, "AccessDenied", strings.Replace(nodeMessage, "sts:AssumeRole", "sts:TagSession", 1),
-			[]string{"sts:AssumeRole and sts:TagSession to the role node-role"}},
-		{"external ID", false, external, 403, "AccessDenied", nodeMessage, []string{"with the external ID of the annotation"}},
-		{"user", false, key, 403, "AccessDenied", "User: arn:aws:iam::111122223333:user/u is not authorized", []string{"to arn:aws:iam::111122223333:user/u"}},
-		{"no principal", false, key, 403, "AccessDenied", "Access denied", []string{"to the node's role"}},
-		{"strange principal", false, key, 403, "AccessDenied", "User: %s&#10;oops is", []string{"to the node's role"}},
+			[]string{`"Action":["sts:AssumeRole","sts:TagSession"]`, ":role/node-role"}},
+		{"external ID", false, external, 403, "AccessDenied", nodeMessage, []string{`"Condition":{"StringEquals":{"sts:ExternalId":"<the external ID of the annotation>"}}`}},
+		{"user", false, key, 403, "AccessDenied", "User: arn:aws:iam::111122223333:user/u is not authorized", []string{`{"AWS":"arn:aws:iam::111122223333:user/u"}`}},
+		{"no principal", false, key, 403, "AccessDenied", "Access denied", []string{`{"AWS":"<ARN of the node's role>"}`}},
+		{"strange principal", false, key, 403, "AccessDenied", "User: %s&#10;oops is", []string{`{"AWS":"<ARN of the node's role>"}`}},
 		{"subject", true, webKey, 403, "AccessDenied", "Not authorized to perform sts:AssumeRoleWithWebIdentity",
-			[]string{`sub "system:serviceaccount:shop:cart"`, `aud "sts.amazonaws.com"`}},
-		{"audience", true, webKey, 400, "InvalidIdentityToken", "Incorrect token audience", []string{`client ID "sts.amazonaws.com"`}},
+			[]string{`trust policy: {"Effect":"Allow","Principal":{"Federated":"arn:aws:iam::123456789012:oidc-provider/oidc.example/id/1"},"Action":"sts:AssumeRoleWithWebIdentity",` +
+				`"Condition":{"StringEquals":{"oidc.example/id/1:aud":"sts.amazonaws.com","oidc.example/id/1:sub":"system:serviceaccount:shop:cart"}}}`}},
+		{"audience", true, webKey, 400, "InvalidIdentityToken", "Incorrect token audience", []string{`aws iam add-client-id-to-open-id-connect-provider --open-id-connect-provider-arn arn:aws:iam::123456789012:oidc-provider/oidc.example/id/1 --client-id sts.amazonaws.com`}},
 		{"issuer", true, webKey, 400, "InvalidIdentityToken", "No OpenIDConnect provider found in your account for https://x",
-			[]string{"create an IAM OIDC provider"}},
+			[]string{"create an IAM OIDC provider", "in account 123456789012", "aws iam create-open-id-connect-provider --url https://oidc.example/id/1 --client-id-list sts.amazonaws.com"}},
 		{"strange token", true, webKey, 400, "InvalidIdentityToken", "The ID Token provided is not a valid JWT", nil},
 		{"chaining", false, key, 400, "ValidationError", "exceeds the 1 hour session limit for roles assumed by role chaining", []string{"to 1h"}},
 		{"maximum", false, key, 400, "ValidationError", "exceeds the MaxSessionDuration set for this role", []string{"raise the role's MaxSessionDuration"}},
