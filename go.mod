@@ -19,6 +19,8 @@ require (
 	k8s.io/client-go v0.37.2
 )
 
+require github.com/HdrHistogram/hdrhistogram-go v1.4.0
+
 require (
 	github.com/aws/aws-sdk-go-v2 v1.47.7
 	github.com/aws/aws-sdk-go-v2/credentials v1.20.15 // indirect
