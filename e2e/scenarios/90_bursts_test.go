@@ -2,87 +2,221 @@ package scenarios
 
 import (
 	"context"
+	"flag"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/imdsgate/imdsgate/e2e/cluster/control"
+	"github.com/imdsgate/imdsgate/e2e/scenarios/first"
 	"github.com/imdsgate/imdsgate/e2e/scenarios/sequence"
 )
 
-// Five hundred short-lived pods in bursts of 30 and 80, each of which asks once. None ever gets what is not its own. A refusal is
-// no failure here: nobody knows a pod's IP before its kubelet has told the API server.
+// update takes the report into the documentation.
+var update = flag.Bool("update", false, "write docs/first-request.md and .svg")
+
+// plan is how many pods start at once, five hundred in all.
+func plan() []int {
+	sizes := []int{30, 80, 30, 80, 30, 80, 30, 80, 30}
+	for range 30 {
+		sizes = append(sizes, 1)
+	}
+	return sizes
+}
+
+// heldLimit is how long the daemon may hold 99 of 100 requests that come before their pod is known.
+const heldLimit = 0.005
+
+// Five hundred short-lived pods, one at a time, 30 and 80 at once, each of which asks once, as its first instruction and with a
+// second for each request. With the node's CNI results all of them are served. The API server alone cannot know their IPs in
+// time: those that it serves get their own. TestScenarioBursts prints and reports both.
 func TestScenarioBursts(t *testing.T) {
-	s := beginScenario(t, 5*time.Minute)
-	s.install()
-	const ns = "bursts"
-	roles := []string{s.role("bursts/red"), s.role("bursts/green"), s.role("bursts/blue")}
+	var cni, informer []first.Burst
+	t.Run("CNI results", func(t *testing.T) {
+		s := beginScenario(t, 6*time.Minute)
+		s.install()
+		var d first.Daemon
+		cni, d = s.bursts("bursts", first.CNI, plan())
+		for _, b := range cni {
+			if b.Served != b.Pods {
+				t.Errorf("%d of %d pods served, %d at once; the others: %v", b.Served, b.Pods, b.AtOnce, b.Failures)
+			}
+		}
+		if p99 := d.Held.Within(0.99); p99 > heldLimit {
+			t.Errorf("requests were held for up to %v s (p99 of %.0f), more than %v s", p99, d.Held.Count, heldLimit)
+		}
+		if p99 := d.Answers.Within(0.99); p99 > heldLimit {
+			t.Errorf("answers took up to %v s in the daemon (p99 of %.0f), more than %v s", p99, d.Answers.Count, heldLimit)
+		}
+		if d.ByCNI < 1000 { // a list and a document each
+			t.Errorf("%.0f requests were told by the CNI results: something else served the pods", d.ByCNI)
+		}
+	})
+	t.Run("API server alone", func(t *testing.T) {
+		s := beginScenario(t, 6*time.Minute)
+		s.install(`flags.cni-results=""`)
+		var d first.Daemon
+		informer, d = s.bursts("bursts-informer", first.Informer, plan())
+		if d.ByCNI != 0 {
+			t.Errorf("%.0f requests were told by CNI results, which are off", d.ByCNI)
+		}
+	})
+	for i := range min(len(cni), len(informer)) {
+		if cni[i].Share() < informer[i].Share() {
+			t.Errorf("%d at once: %.1f %% served with the CNI results, %.1f %% without", cni[i].AtOnce, cni[i].Share(), informer[i].Share())
+		}
+	}
+}
+
+// bursts runs the plan and reports what came of it, by size.
+func (s *scenario) bursts(ns, source string, plan []int) ([]first.Burst, first.Daemon) {
+	s.Helper()
+	roles := []string{s.role(ns + "/red"), s.role(ns + "/green"), s.role(ns + "/blue")}
 	s.newNamespace(ns, allowed(roles...))
 	for i, role := range roles {
 		s.serviceAccount(ns, fmt.Sprint("app", i), role)
 	}
-	type outcome struct {
-		r    sequence.Result
-		size int
+	before := s.metrics()
+	all := map[int]*first.Burst{}
+	for _, size := range first.Sizes {
+		all[size] = &first.Burst{Source: source, AtOnce: size, Failures: map[string]int{}}
 	}
-	var all []outcome
-	for burst, size := range []int{30, 80, 30, 80, 30, 80, 30, 80, 30, 30} {
-		label := fmt.Sprintf("burst=%d", burst)
-		accounts := map[string]int{}
-		for i := range size {
-			name := fmt.Sprintf("b%d-%d", burst, i)
-			accounts[name] = i % len(roles)
-			s.create(podSpec{namespace: ns, name: name, account: fmt.Sprint("app", i%len(roles)), args: []string{"once"},
-				labels: map[string]string{"burst": fmt.Sprint(burst)}})
+	for n, size := range plan {
+		b := all[size]
+		of := func(pod int) int { return (n + pod) % len(roles) }
+		pods := s.burst(ns, n, size, func(p *podSpec, i int) {
+			p.account, p.args = fmt.Sprint("app", of(i)), []string{"once"}
+		})
+		for i, r := range pods {
+			s.count(b, r, roles[of(i)])
 		}
-		answers := map[string]sequence.Result{}
-		s.must(s.eachPod(ns, label, func(p *corev1.Pod) bool {
-			if _, known := answers[p.Name]; !known && ended(p) {
-				r, err := answer(p)
-				s.must(err)
-				answers[p.Name] = r
-			}
-			return len(answers) == size
-		}))
-		for name, r := range answers {
-			if r.Kind == sequence.OK {
-				s.holds(r, roles[accounts[name]])
-			}
-			all = append(all, outcome{r, size})
-		}
-		zero := int64(0)
-		s.must(s.kube.CoreV1().Pods(ns).DeleteCollection(s.ctx, metav1.DeleteOptions{GracePeriodSeconds: &zero}, metav1.ListOptions{LabelSelector: label}))
 	}
-	for _, size := range []int{30, 80} {
-		n, kinds, took := 0, map[string]int{}, []time.Duration{}
-		for _, o := range all {
-			if o.size == size {
-				n++
-				kind := o.r.Kind
-				if o.r.Code != 0 {
-					kind = fmt.Sprintf("%s %d at %s", kind, o.r.Code, o.r.Step)
-				}
-				kinds[kind]++
-				if o.r.Kind == sequence.Cut {
-					t.Errorf("a connection was cut: %s", o.r.Brief())
-				}
-				took = append(took, o.r.Took)
-			}
-		}
-		slices.Sort(took)
-		s.figures("bursts of %d: %d pods, %v, none wrong; p50 %s p90 %s max %s", size, n, kinds, round(took[n/2]), round(took[n*9/10]), round(took[n-1]))
+	after := s.metrics().Since(before)
+	d := first.Daemon{
+		Source: source, Held: after.Histogram("imdsgate_identify_wait_seconds"),
+		Answers: after.Histogram("imdsgate_http_request_duration_seconds", `handler="token"`, `handler="role_list"`, `handler="document"`),
+		ByCNI:   after.Sum("imdsgate_identify_source_total", `source="cni"`), ByAPI: after.Sum("imdsgate_identify_source_total", `source="api"`),
 	}
-	if len(all) != 500 {
-		t.Errorf("%d pods instead of 500", len(all))
+	var list []first.Burst
+	total := 0
+	for _, size := range first.Sizes {
+		b := all[size]
+		slices.Sort(b.Milliseconds)
+		total += b.Pods
+		s.figures("%s, %d at once: %d of %d served (%.1f %%), %d wrong; p50 %.1f ms p90 %.1f ms p99 %.1f ms max %.1f ms; %v",
+			source, size, b.Served, b.Pods, b.Share(), b.Wrong, b.Quantile(.5), b.Quantile(.9), b.Quantile(.99), b.Quantile(1), b.Failures)
+		list = append(list, *b)
+	}
+	s.figures("%s: %.0f requests held, p99 within %v s; %.0f answers, p99 within %v s; told by CNI results %.0f, by the API server %.0f",
+		source, d.Held.Count, d.Held.Within(.99), d.Answers.Count, d.Answers.Within(.99), d.ByCNI, d.ByAPI)
+	if total != 500 {
+		s.Errorf("%d pods instead of 500", total)
+	}
+	s.report(func(r *first.Report) { r.SetBursts(d, list) })
+	return list, d
+}
+
+// burst starts pods at once and returns what they found, by their number.
+func (s *scenario) burst(ns string, n, size int, edit func(*podSpec, int)) []sequence.Result {
+	s.Helper()
+	label := fmt.Sprint("burst=", n)
+	number := map[string]int{}
+	for i := range size {
+		p := podSpec{namespace: ns, name: fmt.Sprintf("b%d-%d", n, i), labels: map[string]string{"burst": fmt.Sprint(n)}}
+		edit(&p, i)
+		number[p.name] = i
+		s.create(p)
+	}
+	found := make([]sequence.Result, size)
+	open := size
+	s.must(s.eachPod(ns, label, func(p *corev1.Pod) bool {
+		if i := number[p.Name]; found[i].Kind == "" && ended(p) {
+			r, err := answer(p)
+			s.must(err)
+			found[i] = r
+			open--
+		}
+		return open == 0
+	}))
+	zero := int64(0)
+	s.must(s.kube.CoreV1().Pods(ns).DeleteCollection(s.ctx, metav1.DeleteOptions{GracePeriodSeconds: &zero}, metav1.ListOptions{LabelSelector: label}))
+	return found
+}
+
+// count adds what a pod found to those that were started as it was.
+func (s *scenario) count(b *first.Burst, r sequence.Result, role string) {
+	s.Helper()
+	b.Pods++
+	switch {
+	case r.Kind != sequence.OK:
+		b.Failures[failure(r)]++
+		if r.Kind == sequence.Cut {
+			s.Errorf("a connection was cut: %s", r.Brief())
+		}
+	case !s.own(r.AccessKeyID, role):
+		b.Wrong++
+	default:
+		b.Served++
+		b.Milliseconds = append(b.Milliseconds, float64(r.Took.Microseconds())/1000)
+	}
+}
+
+// failure is the kind of an answer that has no credentials.
+func failure(r sequence.Result) string {
+	if r.Code != 0 {
+		return fmt.Sprintf("%s %d at the %s", r.Kind, r.Code, r.Step)
+	}
+	return fmt.Sprintf("%s at the %s", r.Kind, r.Step)
+}
+
+// own reports whether credentials are those of a role, and fails if not.
+func (s *scenario) own(key, role string) bool {
+	s.Helper()
+	o := s.owner(key)
+	if o.RoleARN != role || o.NodeIndex != 0 {
+		s.Errorf("WRONG CREDENTIALS: of %s (node %d) instead of %s", o.RoleARN, o.NodeIndex, role)
+		return false
+	}
+	return true
+}
+
+// metrics are the samples of all nodes' daemons, added up.
+func (s *scenario) metrics() first.Metrics {
+	s.Helper()
+	m := first.Metrics{}
+	for node := 1; node <= 2; node++ {
+		text := s.onNode(node, "curl", "-sf", "--noproxy", "*", fmt.Sprintf("http://%s:9181/metrics", control.NodeIP(node)))
+		s.must(m.Read(strings.NewReader(text)))
+	}
+	return m
+}
+
+// report changes the report of this run and, with -update, that of the documentation.
+func (s *scenario) report(change func(*first.Report)) {
+	s.Helper()
+	const out, docs = "../out", "../../docs"
+	s.must(first.Write(out, change))
+	if !*update {
+		return
+	}
+	s.must(os.MkdirAll(docs, 0o755))
+	for _, file := range []string{"first-request.md", "first-request.svg"} {
+		b, err := os.ReadFile(filepath.Join(out, file))
+		s.must(err)
+		s.must(os.WriteFile(filepath.Join(docs, file), b, 0o644))
 	}
 }
 
 // eachPod hands over every state of the selection's pods until done.
 func (s *scenario) eachPod(ns, labels string, done func(*corev1.Pod) bool) error {
-	ctx, cancel := context.WithTimeout(s.ctx, 2*time.Minute)
+	ctx, cancel := context.WithTimeout(s.ctx, 3*time.Minute)
 	defer cancel()
 	for ctx.Err() == nil {
 		w, err := s.kube.CoreV1().Pods(ns).Watch(ctx, metav1.ListOptions{LabelSelector: labels})

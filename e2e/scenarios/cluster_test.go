@@ -278,6 +278,7 @@ type podSpec struct {
 	restart                  corev1.RestartPolicy
 	hostNetwork              bool
 	labels                   map[string]string
+	edit                     func(*corev1.Pod) // what else differs; may be nil
 }
 
 func (p podSpec) object() *corev1.Pod {
@@ -299,6 +300,9 @@ func (p podSpec) object() *corev1.Pod {
 	}
 	if p.node != 0 {
 		o.Spec.NodeSelector = map[string]string{corev1.LabelHostname: nodeName(p.node)}
+	}
+	if p.edit != nil {
+		p.edit(o)
 	}
 	return o
 }

@@ -4,6 +4,7 @@
 //	probe once                     asks once, a second for each request; the answer is also the container's termination message
 //	probe watch                    asks ten times a second and writes every answer that differs from the one before
 //	probe load WORKERS INTERVAL    asks until standard input ends, then sums up
+//	probe heir DIR exit|stay       see package heir; then ends, or waits
 //	probe steady WORKERS INTERVAL  asks for as long as the pod lives and writes every answer
 package main
 
@@ -19,6 +20,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/imdsgate/imdsgate/e2e/scenarios/heir"
 	"github.com/imdsgate/imdsgate/e2e/scenarios/sequence"
 )
 
@@ -68,6 +70,15 @@ func run(ctx context.Context, args []string) error {
 			}
 		}
 		return nil
+	case len(args) == 3 && args[0] == "heir":
+		name, err := os.Hostname()
+		if err == nil {
+			err = heir.Run(ctx, args[1], name, limit)
+		}
+		if err == nil && args[2] == "stay" {
+			<-ctx.Done()
+		}
+		return err
 	case len(args) == 3 && (args[0] == "load" || args[0] == "steady"):
 		workers, err := strconv.Atoi(args[1])
 		if err != nil {

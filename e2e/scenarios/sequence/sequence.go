@@ -49,8 +49,28 @@ func Run(ctx context.Context, limit time.Duration, share bool) Result {
 	transport := &http.Transport{DisableKeepAlives: !share, DisableCompression: true}
 	defer transport.CloseIdleConnections()
 	s := &asker{client: &http.Client{Transport: transport}, limit: limit}
+	return timed(func() Result { return s.run(ctx) })
+}
+
+// With asks for the role's name and the document alone, over the client's connections. An empty token is none: as IMDSv1.
+func With(ctx context.Context, client *http.Client, limit time.Duration, token string) Result {
+	s := &asker{client: client, limit: limit, token: token}
+	return timed(func() Result { return s.credentials(ctx) })
+}
+
+// Token gets one.
+func Token(ctx context.Context, client *http.Client, limit time.Duration) (string, error) {
+	s := &asker{client: client, limit: limit}
+	token, failed := s.ask(ctx, http.MethodPut, "api/token")
+	if failed != nil {
+		return "", errors.New(failed.Brief())
+	}
+	return token, nil
+}
+
+func timed(run func() Result) Result {
 	start := time.Now()
-	r := s.run(ctx)
+	r := run()
 	r.At, r.Took = start, time.Since(start)
 	return r
 }
@@ -68,6 +88,10 @@ func (s *asker) run(ctx context.Context) Result {
 		return *failed
 	}
 	s.token = token
+	return s.credentials(ctx)
+}
+
+func (s *asker) credentials(ctx context.Context) Result {
 	role, failed := s.ask(ctx, http.MethodGet, "meta-data/iam/security-credentials/")
 	if failed != nil {
 		failed.Step = "list"
@@ -95,7 +119,7 @@ func (s *asker) ask(ctx context.Context, method, path string) (string, *Result) 
 	}
 	if method == http.MethodPut {
 		req.Header.Set("X-Aws-Ec2-Metadata-Token-Ttl-Seconds", "21600")
-	} else {
+	} else if s.token != "" {
 		req.Header.Set("X-Aws-Ec2-Metadata-Token", s.token)
 	}
 	resp, err := s.client.Do(req)
