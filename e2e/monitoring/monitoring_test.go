@@ -241,6 +241,7 @@ func TestPrometheus(t *testing.T) {
 	cart := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart"})
 	ask(t, cart, 1, http.StatusOK, roleList+"cart", "")
 	s := scrape(t, d)
+	start := time.Now()
 
 	exprs := map[string]string{}
 	for _, a := range alerts(t) {
@@ -344,16 +345,21 @@ func TestPrometheus(t *testing.T) {
 	}
 
 	// With a bit of everything behind it, the daemon has data for every panel.
-	for title, queries := range panels(t) {
-		for _, q := range queries {
-			eventually(t, title, func() error {
-				v, err := s.query(t.Context(), q)
+	board := readDashboard(t)
+	for _, p := range board.Panels {
+		for _, target := range p.Targets {
+			eventually(t, p.Title, func() error {
+				v, err := s.query(t.Context(), fill(target.Expr))
 				if err == nil && len(v) == 0 {
-					err = fmt.Errorf("%s: nothing", q)
+					err = fmt.Errorf("%s: nothing", target.Expr)
 				}
 				return err
 			})
 		}
+	}
+
+	if *update {
+		s.picture(t, board, start, "../../docs/dashboard.svg")
 	}
 
 	t.Run("ImdsgateDown", func(t *testing.T) {
@@ -362,30 +368,34 @@ func TestPrometheus(t *testing.T) {
 	})
 }
 
-// panels are the dashboard's queries by the title of their panel, with its variables filled in.
-func panels(t *testing.T) map[string][]string {
+// dashboard is what is read of dashboard.json.
+type dashboard struct {
+	Panels []struct {
+		Type, Title string
+		GridPos     struct{ X, Y, W, H int }
+		FieldConfig struct{ Defaults struct{ Unit string } }
+		Targets     []struct{ Expr, LegendFormat string }
+	}
+}
+
+func readDashboard(t *testing.T) (d dashboard) {
 	t.Helper()
 	b, err := os.ReadFile(dashboardFile)
-	if err != nil {
-		t.Fatal(err)
+	if err == nil {
+		err = json.Unmarshal(b, &d)
 	}
-	var d struct {
-		Panels []struct {
-			Title   string
-			Targets []struct{ Expr string }
-		}
-	}
-	if err := json.Unmarshal(b, &d); err != nil || len(d.Panels) == 0 {
+	if err != nil || len(d.Panels) == 0 {
 		t.Fatalf("%s: %v", dashboardFile, err)
 	}
-	found := map[string][]string{}
 	for _, p := range d.Panels {
-		for _, target := range p.Targets {
-			found[p.Title] = append(found[p.Title], strings.NewReplacer("$__rate_interval", "1m", "$instance", ".*").Replace(target.Expr))
-		}
 		if len(p.Targets) == 0 {
 			t.Errorf("%s: panel %q asks nothing", dashboardFile, p.Title)
 		}
 	}
-	return found
+	return d
+}
+
+// fill puts values in place of the dashboard's variables.
+func fill(expr string) string {
+	return strings.NewReplacer("$__rate_interval", "1m", "$instance", ".*").Replace(expr)
 }
