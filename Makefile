@@ -31,6 +31,7 @@ test: deps ## everything: unit, race, kernel, lab, clients, cluster; installs wh
 
 deps: cluster-bins
 	@e2e/clients/install.sh
+	@e2e/monitoring/install.sh
 	@e2e/cluster/cluster.sh deps
 
 test-unit: ## no privilege, no network, under a minute warm
@@ -43,7 +44,7 @@ test-kernel: ## the real iptables, both back ends, in namespaces of its own
 
 test-lab: cluster-bins ## the daemon on a lab node with a real API server; the chart's objects (root)
 	@mkdir -p $(OUT)
-	cd e2e && $(GOTESTSUM) --jsonfile $(OUT)/lab.json -- -count=1 -timeout 20m . ./lab/... ./aws/... ./imds/... ./deploy/...
+	cd e2e && $(GOTESTSUM) --jsonfile $(OUT)/lab.json -- -count=1 -timeout 20m . ./lab/... ./aws/... ./imds/... ./deploy/... ./monitoring/...
 
 test-clients: cluster-bins ## real AWS SDKs and CLIs in pods of a lab node (root)
 	@mkdir -p $(OUT)

@@ -35,12 +35,16 @@ var shared *lab.Lab
 
 func TestMain(m *testing.M) { os.Exit(labtest.Main(m, func(l *lab.Lab) { shared = l })) }
 
-// program finds one of the programs of Debian's package prometheus.
+// program finds one of the programs that install.sh unpacks.
 func program(t *testing.T, name string) string {
 	t.Helper()
-	path, err := exec.LookPath(name)
+	cache, err := os.UserCacheDir()
 	if err != nil {
-		t.Fatalf("%v: apt-get install -y --no-install-recommends prometheus", err)
+		t.Fatal(err)
+	}
+	path := filepath.Join(cache, "imdsgate-e2e", "prometheus", "usr", "bin", name)
+	if _, err := os.Stat(path); err != nil {
+		t.Fatalf("%v: run e2e/monitoring/install.sh", err)
 	}
 	return path
 }
