@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"sync"
 
@@ -197,10 +198,14 @@ func (n *Node) binds() []bind {
 func (n *Node) hosts() string      { return filepath.Join(n.dir, "hosts") }
 func (n *Node) resolvConf() string { return filepath.Join(n.dir, "resolv.conf") }
 
+// Command is a program on the node, with its network and its /run, and an environment that holds nothing of the machine's.
+func (n *Node) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
+	return n.Net.command(ctx, []bind{{n.runDir(), "/run"}}, cleanEnv(filepath.Join(n.dir, "home")), name, args...)
+}
+
 // Run runs a program on the node and returns what it wrote.
 func (n *Node) Run(ctx context.Context, name string, args ...string) (string, error) {
-	cmd := n.Net.command(ctx, []bind{{n.runDir(), "/run"}}, cleanEnv(filepath.Join(n.dir, "home")), name, args...)
-	out, err := cmd.CombinedOutput()
+	out, err := n.Command(ctx, name, args...).CombinedOutput()
 	if err != nil {
 		return string(out), fmt.Errorf("run %s %v on %s: %w: %s", name, args, n.Name, err, out)
 	}
