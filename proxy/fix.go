@@ -149,3 +149,6 @@ func (p *Policy) permit(s Subject, role string) string {
 	}
 	return "let annotation " + strings.Join(names, " and ") + " of namespace " + s.Pod.Namespace + " permit the role"
 }
+
+// FixAmbiguousIP is what to do about two running pods with one IP.
+const FixAmbiguousIP = "delete one of the pods that have this IP; if it happens again, the network plugin gives addresses twice"

@@ -93,7 +93,7 @@ func status(err error) (code int, reason, text string) {
 	case errors.Is(err, ErrUnknownIP):
 		return code, reasonUnknownIP, "no pod of this node is known to have this IP yet, ask again"
 	case errors.Is(err, ErrAmbiguousIP):
-		return code, reasonAmbiguous, "more than one running pod has this IP, ask again"
+		return code, reasonAmbiguous, withFix("more than one running pod has this IP", FixAmbiguousIP)
 	case errors.Is(err, ErrIncomplete):
 		return code, reasonIncomplete, "the pod's service account or namespace is not known yet, ask again"
 	case errors.Is(err, cache.ErrUnavailable):

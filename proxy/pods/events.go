@@ -147,13 +147,17 @@ func (e *events) event(r report) *corev1.Event {
 	if len(r.text) > eventTextLimit {
 		r.text = strings.ToValidUTF8(r.text[:eventTextLimit], "")
 	}
+	kind := corev1.EventTypeWarning
+	if r.reason == proxy.EventNoRole {
+		kind = corev1.EventTypeNormal
+	}
 	now := metav1.Now()
 	return &corev1.Event{
 		ObjectMeta:          metav1.ObjectMeta{Namespace: about.Namespace, Name: eventName(about.Name, now.Time)},
 		InvolvedObject:      about,
 		Reason:              r.reason,
 		Message:             r.text,
-		Type:                corev1.EventTypeWarning,
+		Type:                kind,
 		FirstTimestamp:      now,
 		LastTimestamp:       now,
 		Count:               1,

@@ -2,6 +2,8 @@ package pods
 
 import (
 	"cmp"
+	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -9,6 +11,12 @@ import (
 	"strings"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/imdsgate/imdsgate/cache"
 	"github.com/imdsgate/imdsgate/proxy"
 )
 
@@ -19,12 +27,16 @@ type Explanation struct {
 	UID            string       `json:"uid"`
 	ServiceAccount string       `json:"service_account"`
 	IPs            []netip.Addr `json:"ips"`
+	Source         string       `json:"source,omitempty"` // of its identity: api or cni; empty: nobody is found at its IPs
 	Since          time.Time    `json:"since,omitzero"`
-	Decision       string       `json:"decision"` // granted, refused, unknown, or none: it never asks us
+	Decision       string       `json:"decision"`         // granted, refused, unknown, or none: it never asks us
+	Reason         string       `json:"reason,omitempty"` // why it is not granted, one of the Reasons
 	RoleARN        string       `json:"role_arn,omitempty"`
 	SessionName    string       `json:"session_name,omitempty"`
 	Prefetch       bool         `json:"prefetch"`
-	Steps          []string     `json:"steps"` // how it came to that, in order
+	Steps          []Step       `json:"steps"` // how it came to that, in order
+
+	Key *cache.Key `json:"-"` // of the credentials; nil unless granted
 }
 
 // Decisions of an Explanation.
@@ -34,6 +46,53 @@ const (
 	DecisionUnknown = "unknown"
 	DecisionNone    = "none"
 )
+
+// Reasons of an Explanation.
+const (
+	ReasonNoRole      = "no_role"
+	ReasonMisplaced   = "role_misplaced" // as no_role, but the pod itself is annotated
+	ReasonDenied      = "role_denied"
+	ReasonInvalid     = "role_invalid"
+	ReasonIncomplete  = "incomplete"
+	ReasonHostNetwork = "host_network"
+	ReasonEnded       = "ended"
+)
+
+// Mark says how a Step went.
+type Mark string
+
+// The marks.
+const (
+	OK   Mark = "ok" // as it should be
+	Bad  Mark = "!!" // what stands between the pod and credentials, or will
+	Note Mark = "--" // neither
+)
+
+// Step is one of the things that an answer rests on. Its text in JSON is that of String.
+type Step struct {
+	Mark      Mark
+	About     string // a word: pod, account, namespace, role, address, credentials
+	Text, Fix string
+}
+
+func (s Step) String() string {
+	if s.Fix == "" {
+		return s.Text
+	}
+	return s.Text + "; fix: " + s.Fix
+}
+
+// MarshalText implements encoding.TextMarshaler.
+func (s Step) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+// Problem is the first step that went wrong.
+func (e *Explanation) Problem() (Step, bool) {
+	i := slices.IndexFunc(e.Steps, func(s Step) bool { return s.Mark == Bad })
+	if i < 0 {
+		return Step{}, false
+	}
+	return e.Steps[i], true
+}
 
 // Explain explains the answer to one pod; false if no such pod is bound to this node.
 func (p *Pods) Explain(namespace, name string) (Explanation, bool) {
@@ -61,65 +120,125 @@ func (p *Pods) All() []Explanation {
 	return all
 }
 
+// Locate asks the API server for the node that a pod is bound to: empty if it is bound to none. Its error says that there is
+// no such pod, or what kept it from asking.
+func (p *Pods) Locate(ctx context.Context, namespace, name string) (node string, err error) {
+	var list corev1.PodList
+	err = p.client.Get().Namespace(namespace).Resource("pods").VersionedParams(&metav1.ListOptions{
+		FieldSelector: fields.OneTermEqualSelector(metav1.ObjectNameField, name).String(),
+	}, metav1.ParameterCodec).Do(ctx).Into(&list)
+	if err != nil {
+		return "", fmt.Errorf("look for pod %s/%s: %w", namespace, name, explainForbidden(err, "list", "pods"))
+	}
+	if len(list.Items) == 0 {
+		return "", fmt.Errorf("there is no pod %s/%s", namespace, name)
+	}
+	return list.Items[0].Spec.NodeName, nil
+}
+
 func (p *Pods) explain(r *resident) Explanation {
 	e := Explanation{
 		Namespace: r.pod.Namespace, Name: r.pod.Name, UID: r.pod.UID, ServiceAccount: r.pod.ServiceAccount,
 		IPs: p.ipsOf(r), Since: r.since, Decision: DecisionNone,
 	}
-	step := func(format string, args ...any) { e.Steps = append(e.Steps, fmt.Sprintf(format, args...)) }
-
+	step := func(mark Mark, about, fix, format string, args ...any) {
+		e.Steps = append(e.Steps, Step{mark, about, fmt.Sprintf(format, args...), fix})
+	}
 	state := "is bound to node"
 	if r.terminating {
 		state = "is terminating on node"
 	}
-	step("the pod %s %s, phase %s", state, p.node, cmp.Or(string(r.phase), "unknown"))
+	step(OK, "pod", "", "the pod %s %s, phase %s", state, p.node, cmp.Or(string(r.phase), "unknown"))
 	switch {
 	case r.ended:
-		step("its containers have ended: its IP may be another pod's")
+		e.Reason = ReasonEnded
+		step(Note, "pod", "", "its containers have ended: its IP may be another pod's")
 		return e
 	case r.hostNetwork:
-		step("it uses the node's network (hostNetwork): it has no IP of its own and is never served")
+		e.Reason = ReasonHostNetwork
+		step(Note, "pod", "take hostNetwork: true out of its template, or give it credentials in another way; the node's own role is what it has now",
+			"it uses the node's network (hostNetwork): it has no IP of its own and is never served, to the kernel it is the node")
 		return e
 	}
-	e.Decision = DecisionUnknown
+	e.Decision, e.Reason = DecisionUnknown, ReasonIncomplete
 	if r.account != nil {
-		step("service account %s: %s", r.accountName(), r.account.describe())
-		step("namespace %s: %s", r.pod.Namespace, r.namespace.describe())
+		p.explainObject(step, "account", "service account "+r.accountName().String(), "serviceaccounts", r.account)
+		p.explainObject(step, "namespace", "namespace "+r.pod.Namespace, "namespaces", r.namespace)
 	}
 	if c := r.caller; c != nil {
-		if c.Grant != nil {
-			e.Decision, e.RoleARN, e.SessionName = DecisionGranted, c.Grant.Key.RoleARN, c.Grant.Key.SessionName
-			e.Prefetch = !r.ownSource
-			step("it may have role %s, session name %s", e.RoleARN, e.SessionName)
-			if r.ownSource {
-				step("its containers name another source of credentials, so its SDKs will not ask; nothing is prefetched")
-			}
-		} else {
-			e.Decision = DecisionRefused
-			step("refused: %s", c.Refusal.Text)
-		}
-		if r.conflict != "" {
-			step("note: %s", r.conflict)
-		}
+		p.explainDecision(&e, r, c, step)
 	} else {
-		step("not decided yet: %v", proxy.ErrIncomplete)
+		step(Bad, "role", "", "not decided yet: %v", proxy.ErrIncomplete)
 	}
+	p.explainAddresses(&e, r, step)
+	return e
+}
+
+type stepFunc func(mark Mark, about, fix, format string, args ...any)
+
+func (p *Pods) explainObject(step stepFunc, about, what, resource string, u *used) {
+	mark := OK
+	if !u.known {
+		mark = Bad
+		if err := p.failures.of(resource, u.name); err != nil {
+			step(mark, about, "", "%s: not known yet: %v", what, err)
+			return
+		}
+	}
+	step(mark, about, "", "%s: %s", what, u.describe())
+}
+
+func (p *Pods) explainDecision(e *Explanation, r *resident, c *proxy.Caller, step stepFunc) {
+	switch {
+	case c.Grant != nil:
+		e.Decision, e.Reason, e.RoleARN, e.SessionName = DecisionGranted, "", c.Grant.Key.RoleARN, c.Grant.Key.SessionName
+		key := c.Grant.Key
+		e.Key, e.Prefetch = &key, !r.ownSource
+		step(OK, "role", "", "it may have role %s, session name %s", e.RoleARN, e.SessionName)
+		if r.ownSource {
+			step(Note, "role", "take AWS_WEB_IDENTITY_TOKEN_FILE or AWS_CONTAINER_CREDENTIALS_FULL_URI, and the webhook that sets it, away from the pod if imdsgate is to serve it",
+				"its containers name another source of credentials (IRSA or EKS Pod Identity), so its SDKs will not ask here; nothing is prefetched")
+		}
+	default:
+		e.Decision = DecisionRefused
+		mark := Bad
+		switch {
+		case c.Refusal.Kind == proxy.Denied:
+			e.Reason = ReasonDenied
+		case c.Refusal.Kind != proxy.NoRole:
+			e.Reason = ReasonInvalid
+		case c.Refusal.Misplaced:
+			e.Reason = ReasonMisplaced
+		default:
+			e.Reason, mark = ReasonNoRole, Note
+		}
+		step(mark, "role", c.Refusal.Fix, "refused: %s", c.Refusal.Text)
+	}
+	if r.conflict != "" {
+		step(Note, "role", "", "note: %s", r.conflict)
+	}
+}
+
+func (p *Pods) explainAddresses(e *Explanation, r *resident, step stepFunc) {
 	if len(e.IPs) == 0 {
-		step("it has no IP yet")
+		step(Note, "address", "", "it has no IP yet")
 	}
 	for _, ip := range e.IPs {
 		switch a, _ := p.holder(ip); {
+		case errors.Is(a.err, proxy.ErrAmbiguousIP):
+			step(Bad, "address", proxy.FixAmbiguousIP, "requests from %s are refused: %v: %s", ip, a.err, strings.Join(p.names(ip), ", "))
 		case a.err != nil:
-			step("requests from %s are refused: %v", ip, a.err)
+			step(Bad, "address", "", "requests from %s are refused: %v", ip, a.err)
 		case a.caller.Pod.UID != r.pod.UID:
-			step("requests from %s are another pod's: this one is on its way out", ip)
+			step(Note, "address", "", "requests from %s are another pod's: this one is on its way out", ip)
 		case a.source == sourceCNI:
-			step("requests from %s are its own, since %s, by the node's CNI results", ip, a.caller.Since.UTC().Format(time.RFC3339))
+			e.Source = a.source.String()
+			step(OK, "address", "", "requests from %s are its own, since %s, by the node's CNI results", ip, a.caller.Since.UTC().Format(time.RFC3339))
 		default:
-			step("requests from %s are its own", ip)
+			e.Source = cmp.Or(e.Source, a.source.String())
+			step(OK, "address", "", "requests from %s are its own, by the API server", ip)
 		}
 	}
-	return e
 }
 
 func (u *used) describe() string {
@@ -132,4 +251,33 @@ func (u *used) describe() string {
 		return "no annotation that counts"
 	}
 	return "annotated " + strings.Join(slices.Sorted(maps.Keys(u.annotations)), ", ") // not the values: an external ID is nearly a secret
+}
+
+// of is what keeps the watch of one object from working; nil: nothing is known to.
+func (f *failures) of(resource string, name types.NamespacedName) error {
+	what := resource + " with " + fields.OneTermEqualSelector(metav1.ObjectNameField, name.Name).String()
+	if name.Namespace != "" {
+		what += " in namespace " + name.Namespace
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for w, err := range f.now {
+		if w.what == what {
+			return err
+		}
+	}
+	return nil
+}
+
+// ambiguity reports to every pod that has an IP that nobody is served at it. It names no other pod: Events are for the owners
+// of one namespace.
+func (p *Pods) ambiguity(ip netip.Addr) []report {
+	var reports []report
+	for _, r := range p.byIP[ip] {
+		if r.serving() && !r.terminating {
+			reports = append(reports, report{r.pod, false, proxy.EventAmbiguousIP, fmt.Sprintf("%v (%s), so neither is given credentials; fix: %s",
+				proxy.ErrAmbiguousIP, ip, proxy.FixAmbiguousIP)})
+		}
+	}
+	return reports
 }

@@ -46,7 +46,7 @@ func podFacts(o *corev1.Pod) facts {
 		pod: proxy.Pod{
 			UID: string(o.UID), Namespace: o.Namespace, Name: o.Name, ServiceAccount: o.Spec.ServiceAccountName,
 		},
-		annotations: keep(o.Annotations, maxAnnotation, proxy.AnnotationPodRole, proxy.AnnotationPodExternalID, proxy.AnnotationPodSessionName),
+		annotations: keep(o.Annotations, maxAnnotation, proxy.AnnotationRoleARN, proxy.AnnotationPodRole, proxy.AnnotationPodExternalID, proxy.AnnotationPodSessionName),
 		node:        o.Spec.NodeName,
 		phase:       o.Status.Phase,
 		hostNetwork: o.Spec.HostNetwork,

@@ -1164,7 +1164,7 @@ func TestExplain(t *testing.T) {
 	decisions := map[string]string{}
 	for _, e := range h.All() {
 		decisions[e.Name] = e.Decision
-		text := strings.Join(e.Steps, "\n")
+		text := fmt.Sprint(e.Steps)
 		if strings.Contains(text, "hush") || len(e.Steps) < 2 {
 			t.Errorf("%s: %s", e.Name, text)
 		}

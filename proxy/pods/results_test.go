@@ -374,7 +374,7 @@ func TestResultWakes(t *testing.T) {
 		t.Errorf("metrics: %v %v", lint, err)
 	}
 	e, _ := n.Explain("shop", "a")
-	if !strings.Contains(strings.Join(e.Steps, "\n"), "requests from 10.0.0.1 are its own, since") || !cmp.Equal(e.IPs, []netip.Addr{addr("10.0.0.1")}, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })) {
+	if !strings.Contains(fmt.Sprint(e.Steps), "requests from 10.0.0.1 are its own, since") || !cmp.Equal(e.IPs, []netip.Addr{addr("10.0.0.1")}, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })) {
 		t.Errorf("explained %+v", e)
 	}
 

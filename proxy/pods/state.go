@@ -87,6 +87,7 @@ func (p *Pods) publish(c *change) {
 		is, has := p.holder(ip)
 		if errors.Is(is.err, proxy.ErrAmbiguousIP) && !errors.Is(was.err, proxy.ErrAmbiguousIP) {
 			p.ambiguous.Do(func() { p.log.Warn("pods have the same IP: nobody is served there", "ip", ip, "pods", p.names(ip)) })
+			c.reports = append(c.reports, p.ambiguity(ip)...)
 		}
 		if had == has && was == is {
 			delete(c.ips, ip)
