@@ -36,15 +36,16 @@
 //
 // # What one pod may take
 //
-//   - 512 connections (Options.MaxConnectionsPerIP) of 2,048 in all. HTTP/1 has one request at a time on each, so this bounds
+//   - 256 connections (Options.MaxConnectionsPerIP) of 1,024 in all. HTTP/1 has one request at a time on each, so this bounds
 //     held requests and waiting goroutines too. What exceeds it is reset as soon as it is accepted.
 //   - When all are in use, a source IP that has fewer than another gets one of the greediest's: the one that was answered
 //     the longest ago. So every pod gets its share, however many others want everything, and nobody is reset while there is
 //     room. (TestConnectionsInAll, TestConnectionsOfManyGreedy)
-//   - A second of time a second, with a quarter of a second in hand, and is charged 50 µs for an answer, 100 µs for a session
+//   - A second of time a second, with a quarter of a second in hand, and is charged 75 µs for an answer, 200 µs for a session
 //     token, 200 µs for a connection, 500 µs for a refusal. Who has used it up waits for the next request of each connection
-//     to be read, 300 ms at most, and is not refused: a load test of 20,000 requests a second does not notice, a loop
+//     to be read, 300 ms at most, and is not refused: a load test of 13,000 requests a second does not notice, a loop
 //     of refusals costs the daemon little, and a client that was told to close would only cost more. (TestBudgets)
+//   - A head of 16 KiB, 5 s for it, and 48 KiB of the kernel's buffers for each connection. (TestSlowloris, TestHostileMemory of e2e)
 //   - A source with 50 refused session tokens a second is told to close. (TestTokenRefusalLoop)
 //
 // Refused connections count as imdsgate_denied_requests_total{reason="connections"}.

@@ -1,12 +1,14 @@
 package proxy
 
 import (
+	"errors"
 	"math"
 	"net"
 	"net/http"
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -99,8 +101,8 @@ type source struct {
 // What a source is charged, in time of its own; it has one second a second. These are several times what the daemon's
 // processor needs, so that one source alone cannot keep it busy, and far from what an application asks for.
 const (
-	costAnswer  = 50 * time.Microsecond  // 20,000 a second: a load test of one pod
-	costToken   = 100 * time.Microsecond // the PUT
+	costAnswer  = 75 * time.Microsecond  // 13,333 a second: a load test of one pod
+	costToken   = 200 * time.Microsecond // the PUT
 	costConn    = 200 * time.Microsecond
 	costRefusal = 500 * time.Microsecond
 	credit      = 250 * time.Millisecond // what may be used at once
@@ -203,6 +205,31 @@ func (s *shares) sweep(now time.Time) {
 			delete(s.sources, ip)
 		}
 	}
+}
+
+// Bytes that the kernel keeps of what was not read yet on a connection, and of what the peer does not read; it doubles them.
+const (
+	receiveBuffer = maxHeaderBytes
+	sendBuffer    = 32 << 10 // several of the longest documents
+)
+
+// boundBuffers keeps clients that never read, or that send faster than is read, from making the kernel's buffers grow: it
+// would charge their megabytes to the daemon. Connections inherit what their listener has.
+func boundBuffers(l net.Listener) error {
+	tcp, ok := l.(*net.TCPListener)
+	if !ok {
+		return nil
+	}
+	raw, err := tcp.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var set error
+	err = raw.Control(func(fd uintptr) {
+		set = errors.Join(syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, receiveBuffer),
+			syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_SNDBUF, sendBuffer))
+	})
+	return errors.Join(err, set)
 }
 
 // listener closes at once what exceeds the limits, so that one pod's connections never keep another's from being accepted.

@@ -19,8 +19,8 @@ import (
 // Limits of the pod-facing port. Every pod of the node can reach it, so none of them may be able to exhaust it.
 const (
 	defaultHold           = 450 * time.Millisecond // the AWS SDK for Go v2 gives up on a header after 500 ms
-	defaultConnections    = 2048
-	defaultConnectionsPer = 512
+	defaultConnections    = 1024
+	defaultConnectionsPer = 256
 	readHeaderTimeout     = 5 * time.Second
 	writeTimeout          = 10 * time.Second
 	bodyTimeout           = 500 * time.Millisecond // for what is left of a body that nobody reads
@@ -45,8 +45,8 @@ type Options struct {
 	MetadataAddr string   // host or host:port of the real endpoint; empty: 169.254.169.254
 	Allow        []string // further exact metadata paths to pass through, see ValidateAllow
 
-	MaxConnections      int // 0: 2048
-	MaxConnectionsPerIP int // 0: 512
+	MaxConnections      int // 0: 1024
+	MaxConnectionsPerIP int // 0: 256
 
 	Log     *slog.Logger          // nil: nothing is logged
 	Metrics prometheus.Registerer // nil: not registered anywhere
@@ -151,6 +151,9 @@ func (s *Server) Serve(ctx context.Context, ln ...net.Listener) error {
 	defer hs.Close()
 	failed := make(chan error, len(ln))
 	for _, l := range ln {
+		if err := boundBuffers(l); err != nil {
+			s.log.Warn("the kernel's buffers of connections are not bounded", "error", err)
+		}
 		go func() { failed <- hs.Serve(&listener{Listener: l, server: s}) }()
 	}
 	select {
