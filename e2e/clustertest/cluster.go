@@ -37,8 +37,9 @@ type Options struct {
 	Snapshotter string
 	DualStack   bool
 	Masquerade  bool
-	Taints      string // that kubelets register new Nodes with
-	Boot        string // file: a script, or a systemd unit
+	Taints      string   // that kubelets register new Nodes with
+	Boot        string   // file: a script, or a systemd unit
+	Images      []string // names of the images in the nodes, such as pause and tools; nil: all
 }
 
 func (o Options) name() string { return cmp.Or(o.Name, os.Getenv("CLUSTER"), DefaultName) }
@@ -51,6 +52,13 @@ func (o Options) env() []string {
 	if o.Nodes != 0 {
 		env = append(env, "NODES="+strconv.Itoa(o.Nodes))
 	}
+	if o.Images != nil {
+		var files []string
+		for _, name := range o.Images {
+			files = append(files, filepath.Join(cacheDir(), "images", name+".tar"))
+		}
+		env = append(env, "IMAGES="+strings.Join(files, " "))
+	}
 	if o.DualStack {
 		env = append(env, "DUAL_STACK=1")
 	}
@@ -58,6 +66,11 @@ func (o Options) env() []string {
 		env = append(env, "MASQUERADE=true")
 	}
 	return env
+}
+
+// cacheDir is where cluster.sh keeps what it builds.
+func cacheDir() string {
+	return filepath.Join(cmp.Or(os.Getenv("XDG_CACHE_HOME"), filepath.Join(os.Getenv("HOME"), ".cache")), "imdsgate-e2e")
 }
 
 // Cluster is one that is up. It is safe for concurrent use.
@@ -77,12 +90,8 @@ func Up(ctx context.Context, o Options) (*Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		return nil, err
-	}
 	c := &Cluster{
-		top: top, bin: filepath.Join(cache, "imdsgate-e2e", "bin"), name: o.name(), dir: o.runDir(),
+		top: top, bin: filepath.Join(cacheDir(), "bin"), name: o.name(), dir: o.runDir(),
 		Fabric: control.NewClient(filepath.Join(o.runDir(), "fabric.sock")),
 	}
 	if _, err := c.script(ctx, o.env(), "up"); err != nil {
@@ -137,6 +146,14 @@ func output(cmd *exec.Cmd) (string, error) {
 		return out.String(), fmt.Errorf("%s: %w: %s%s", strings.Join(cmd.Args, " "), err, out.String(), errs.String())
 	}
 	return out.String(), nil
+}
+
+// Build builds a static Go program of the module in dir into file. The arguments are those of go build.
+func (c *Cluster) Build(ctx context.Context, file, dir string, args ...string) error {
+	cmd := exec.CommandContext(ctx, "go", append([]string{"build", "-trimpath", "-ldflags=-s -w", "-o", file}, args...)...)
+	cmd.Dir, cmd.Env = dir, append(os.Environ(), "CGO_ENABLED=0")
+	_, err := output(cmd)
+	return err
 }
 
 // Kubectl runs kubectl and returns its output.
@@ -203,7 +220,7 @@ const (
 
 // BuildDaemon builds the image of imdsgate from this checkout and loads it into every node.
 func (c *Cluster) BuildDaemon(ctx context.Context) error {
-	_, err := c.script(ctx, nil, "daemon")
+	_, err := c.script(ctx, []string{"IMAGES=" + filepath.Join(cacheDir(), "images", "imdsgate.tar")}, "daemon")
 	return err
 }
 

@@ -1,0 +1,99 @@
+package faults
+
+import (
+	"testing"
+	"time"
+)
+
+const noRedirect = "the redirect was not there, the guard refuses"
+
+// Somebody changes the rules. The guard refuses what the redirect does not take, and within two seconds it takes it again: nftables
+// tells of every change.
+func TestFaultRules(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		node    int
+		command string
+		after   string // undoes what is not ours to undo
+		fails   bool   // requests may
+	}{
+		{name: "iptables -F", node: 1, command: "iptables -t nat -F; iptables -F", fails: true},
+		{name: "nft flush ruleset", node: 2, command: "nft flush ruleset", fails: true},
+		{name: "chain edited", node: 1, command: "iptables -t nat -I IMDSGATE -p udp -j RETURN; iptables -F IMDSGATE"},
+		{
+			name: "jump displaced", node: 1, command: "iptables -t nat -N OTHER; iptables -t nat -I PREROUTING -j OTHER",
+			after: "iptables -t nat -D PREROUTING -j OTHER; iptables -t nat -X OTHER",
+		},
+		{
+			name: "endpoint taken", node: 2, fails: true, // the other one: who insists on the first place gets it for 30 s
+			command: "iptables -t nat -I PREROUTING -d 169.254.169.254/32 -p tcp --dport 80 -j DNAT --to-destination 172.30.0.12:8181",
+			after:   "iptables -t nat -D PREROUTING -d 169.254.169.254/32 -p tcp --dport 80 -j DNAT --to-destination 172.30.0.12:8181",
+		},
+		{
+			name: "firewall reloaded", node: 1, fails: true,
+			command: "iptables-save | grep -v IMDSGATE >/run/others; iptables -t nat -F; iptables -F; iptables-restore </run/others; rm /run/others",
+		},
+		{name: "ip rule flush", node: 1, command: `
+ip rule flush; ip rule add pref 32766 lookup main; ip rule add pref 32767 lookup default
+ip -6 rule flush; ip -6 rule add pref 32766 lookup main`},
+		{name: "guard deleted", node: 1, command: `
+ip rule del pref 0 to 169.254.169.254 unreachable; sleep 0.5
+ip rule del pref 0 to 169.254.169.254 iif lo goto 1; sleep 0.5
+ip rule del pref 1 nop; sleep 0.5
+ip -6 rule del pref 0 to fd00:ec2::254 unreachable`},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			f := shared.fault(t, c.name, time.Minute, []int{c.node})
+			before := f.onNode(c.node, rules("iptables"))
+			f.strikes(c.node, c.command)
+			f.restored(c.node, "iptables", before)
+			e := expect{whole: 2 * time.Second}
+			if c.name == "guard deleted" {
+				e.whole += 1500 * time.Millisecond // it takes that long to delete
+			}
+			if c.fails {
+				e.why, e.kinds = noRedirect, closed
+			}
+			f.done(e)
+			if c.after != "" {
+				f.onNode(c.node, c.after)
+			}
+		})
+	}
+}
+
+// The lock of iptables, held by somebody. nft does not take it: nothing of ours waits.
+func TestFaultXtablesLockNFT(t *testing.T) {
+	f := shared.fault(t, "xtables lock held, nft", 2*time.Minute, []int{1})
+	before := f.onNode(1, rules("iptables"))
+	f.strikes(1, "flock -o /run/xtables.lock sleep 30 >/dev/null 2>&1 & sleep 0.2; iptables -t nat -F")
+	f.restored(1, "iptables", before)
+	f.done(expect{why: noRedirect, kinds: closed, whole: 3 * time.Second})
+	f.onNode(1, "flock /run/xtables.lock true")
+}
+
+// Back end legacy, which tells of nothing: a flush is found at the next interval.
+func TestFaultLegacy(t *testing.T) {
+	shared.needs(t, true)
+	shared.reinstall(t, "--set", "iptables=legacy")
+	t.Cleanup(func() { shared.reinstall(t) })
+	// Whoever flushes takes the lock as well, unless told of another one.
+	const flush = "export XTABLES_LOCKFILE=/run/flush.lock; iptables-legacy -t nat -F; iptables-legacy -F"
+	for _, c := range []struct {
+		name, command string
+		within        time.Duration
+	}{
+		{"iptables-legacy -F", flush, 31 * time.Second},
+		// It is found within 30 s, and put right when the lock is free.
+		{"xtables lock held, legacy", "flock -o /run/xtables.lock sleep 30 >/dev/null 2>&1 & sleep 0.2; " + flush, 33 * time.Second},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			f := shared.fault(t, c.name, 2*time.Minute, []int{1})
+			before := f.onNode(1, rules("iptables-legacy"))
+			f.strikes(1, c.command)
+			f.restored(1, "iptables-legacy", before)
+			f.done(expect{why: noRedirect, kinds: closed, whole: c.within})
+			f.onNode(1, "flock /run/xtables.lock true")
+		})
+	}
+}
