@@ -41,6 +41,7 @@
 //   - An agent that insists on the first place is reported and put behind once in 30 s, not fought (TestKernelRepairNFT).
 //   - One instance at a time repairs: who took ownership last. The change of target loses no connection, and the port of the
 //     instance before stays locked (TestKernelHandover, TestOwnership).
+//   - The redirect that an earlier run made with the other back end goes, once this one's is there (TestKernelOtherBackend).
 //   - A held xtables lock is waited for, never fatal, and outlasts no context (TestKernelLockHeld).
 //   - Foreign rules are never touched, and our routing rules are removed on a full match only (TestKernelRedirect,
 //     TestOnlyFullMatchesAreOurs). Remove leaves every table and rule as it was before.

@@ -713,6 +713,34 @@ func TestKernelHandover(t *testing.T) {
 	})
 }
 
+// A daemon that uses the other back end than the one before it: what is left of that one's redirect leads nowhere.
+func TestKernelOtherBackend(t *testing.T) {
+	kernelTest(t, func(t *testing.T) {
+		l := newLab(t)
+		l.gates(8254)
+		l.gates(8255)
+		canaries(t, "nft")
+		canaries(t, "legacy")
+		dir := t.TempDir()
+		for _, kinds := range [][2]string{{"nft", "legacy"}, {"legacy", "nft"}} {
+			protect(t, newRules(t, kinds[0], Options{Guard: true, StateDir: dir}), targets...)
+			fresh := newRules(t, kinds[1], Options{Guard: true, StateDir: dir})
+			protect(t, fresh, nextTargets...)
+			for _, f := range families() {
+				for _, pod := range l.pods {
+					if got, err := pod.dial(netip.AddrPortFrom(f.endpoint(), 80)); got != "gate:8255" {
+						t.Errorf("from %s to %s, %s of the %s: got %q, %v", kinds[0], kinds[1], f.String(), pod.name, got, err)
+					}
+				}
+				if text := run(t, commandOf(f, kinds[0])+"-save"); strings.Contains(text, chainName) || !strings.Contains(text, "canary") {
+					t.Errorf("from %s to %s, %s: the first one holds\n%s", kinds[0], kinds[1], f.String(), text)
+				}
+			}
+			must(t, fresh.Remove(t.Context()))
+		}
+	})
+}
+
 // Another agent changes the same parents all the time.
 func TestKernelChurn(t *testing.T) {
 	kernelTest(t, func(t *testing.T) {

@@ -214,6 +214,7 @@ func (r *Rules) ensureRedirect(ctx context.Context, to []netip.AddrPort) error {
 			if err := r.removeStaleGuard(ctx, f); err != nil {
 				return err
 			}
+			r.removeOtherBackend(ctx, f)
 		}
 		return nil
 	})
@@ -365,6 +366,33 @@ func (r *Rules) removeStaleGuard(ctx context.Context, f family) error {
 		return err
 	}
 	return r.applyGuard(ctx, f, planRemoval(f, have, guardRules(f, r.priority)...))
+}
+
+// removeOtherBackend takes away the redirect that an earlier run made with the other back end: the kernel may go by that one first,
+// and it leads to a port that nobody has any more.
+func (r *Rules) removeOtherBackend(ctx context.Context, f family) {
+	ours := r.backends[f]
+	if ours == nil {
+		return
+	}
+	for _, b := range backends(ctx, f) {
+		if b.mode == ours.mode {
+			continue
+		}
+		for _, t := range ourTables() {
+			have, err := b.list(ctx, t)
+			if err == nil && (have.exists || len(have.jumps()) > 0) {
+				if err = b.restore(ctx, t.remove(have)); err == nil {
+					r.log.Info("redirect of the other back end removed", "family", f.String(), "back_end", b.mode, "table", t.name)
+				}
+			}
+			if err != nil {
+				r.log.Warn("cannot tell whether the other back end holds a redirect of an earlier run: if imdsgate used it on this node, run -cleanup once",
+					"family", f.String(), "back_end", b.mode, "error", err)
+				break
+			}
+		}
+	}
 }
 
 // Run verifies the rules on every event that may concern them and every 30 s, and repairs them while this instance owns them.
