@@ -42,10 +42,11 @@ type claims struct {
 	byIP   map[netip.Addr][]*claim
 	byUID  map[string][]*claim
 	seq    uint64
+	max    int // that are kept
 }
 
 func newClaims() claims {
-	return claims{byFile: make(map[string]*claim), byIP: make(map[netip.Addr][]*claim), byUID: make(map[string][]*claim)}
+	return claims{byFile: make(map[string]*claim), byIP: make(map[netip.Addr][]*claim), byUID: make(map[string][]*claim), max: maxResults}
 }
 
 // claim takes a result file as it is now; nil if it says nothing. gone: because it was removed, so its sandbox is no more.
@@ -69,8 +70,8 @@ func (p *Pods) claim(c *change, file string, is *claim, gone bool) {
 	for _, ip := range is.ips {
 		p.claims.byIP[ip] = append(p.claims.byIP[ip], is)
 	}
-	c.touch(is.ips...)
-	if len(p.claims.byFile) > maxResults {
+	p.touch(c, is)
+	if len(p.claims.byFile) > p.claims.max {
 		p.dropOldest(c)
 	}
 }
@@ -81,7 +82,15 @@ func (p *Pods) unclaim(c *change, file string, cl *claim) {
 	for _, ip := range cl.ips {
 		drop(p.claims.byIP, ip, cl)
 	}
+	p.touch(c, cl)
+}
+
+// touch notes the addresses about which a claim matters: its own, and those that its pod has by the API server (successor).
+func (p *Pods) touch(c *change, cl *claim) {
 	c.touch(cl.ips...)
+	if r := p.sandboxed(cl); r != nil {
+		c.touch(r.ips...)
+	}
 }
 
 func drop[K comparable](index map[K][]*claim, key K, cl *claim) {
@@ -102,7 +111,7 @@ func (p *Pods) dropOldest(c *change) {
 		all = append(all, named{file, cl})
 	}
 	slices.SortFunc(all, func(a, b named) int { return cmp.Or(a.at.Compare(b.at), cmp.Compare(a.seq, b.seq)) })
-	for _, old := range all[:len(all)-maxResults*15/16] {
+	for _, old := range all[:len(all)-p.claims.max*15/16] {
 		p.unclaim(c, old.file, old.claim)
 	}
 }
@@ -163,6 +172,9 @@ func (p *Pods) claimant(ip netip.Addr) answer {
 	}
 	r := p.sandboxed(newest)
 	if r == nil || !r.serving() {
+		if o := p.successor(newest, ip); o != nil {
+			return apiAnswer(o)
+		}
 		return answer{err: proxy.ErrUnknownIP}
 	}
 	for _, o := range p.byIP[ip] {
@@ -174,6 +186,26 @@ func (p *Pods) claimant(ip netip.Addr) answer {
 		return answer{err: proxy.ErrIncomplete}
 	}
 	return answer{caller: newest.callerOf(r), source: sourceCNI}
+}
+
+// successor is the pod that certainly came to an IP after a result whose pod is not served: a file that a runtime left behind
+// must not keep the IP for ever. It is the single pod that stays there by the API server's word, was taken on by the kubelet
+// after the result was written, so its sandbox is the later one, and has no result that would say otherwise.
+func (p *Pods) successor(left *claim, ip netip.Addr) *resident {
+	var last *resident
+	for _, o := range p.byIP[ip] {
+		if o.terminating {
+			continue
+		}
+		if last != nil {
+			return nil
+		}
+		last = o
+	}
+	if last == nil || !left.at.Before(last.taken) || len(p.claimsOf(last)) > 0 {
+		return nil
+	}
+	return last
 }
 
 // gaveUp says whether a pod that has an IP by the API server, while another one's result for it is the newest, had it before.

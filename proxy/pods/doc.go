@@ -37,17 +37,26 @@
 //     cut off says nothing until its next event. What is older than the node's boot never does: sandboxes end with it, and
 //     pods that the API server confirms are served on its word.
 //   - A static pod has the UID that its mirror's annotation kubernetes.io/config.mirror holds.
+//   - A file that a runtime left behind, of a pod that is unknown or has ended, does not keep its IP from a pod that came later:
+//     one that the kubelet took on (status.startTime) after the file was written, stays there alone by the API server's word,
+//     and has no result of its own. Its sandbox is the later one, and an IP is one sandbox's at a time. Where the file is the
+//     later one the IP is refused, up to the next result for it or boot: its pod may be one that the API server has not told of.
+//
+// Both rest on the node's clock being set back by no more than lies between two holders of an IP; where the two results were
+// seen to come, that is noticed. And they rest on the daemon having read a file, of which inotify tells it at once, before the
+// pod's first container has been made and started: TestScenarioReuse in e2e counts how often that fails.
 //
 // Whoever writes there is believed about who is who. So the directory and each file must belong to root and be writable by
-// nobody else; links and whatever is no regular file are ignored, as is what has more than 256 KiB; the newest 4,096 count.
-// TestDirectoryIsTrusted, TestFlood. The directory may come and go; without it, and without inotify, the API server's word
-// remains. TestResultWakes, TestWithoutInotify
+// nobody else; symbolic links and whatever is no regular file are ignored, as are hard links by another name and what has more
+// than 256 KiB; the newest 4,096 count. TestDirectoryIsTrusted, TestClaims, TestSwappedFiles, TestFlood. The directory may come
+// and go; without it, and without inotify, the API server's word remains. TestResultWakes, TestWithoutInotify
 //
 // What runtimes write was read in the sources of libcni (kind cniCacheV1, named network-container-interface, written after
 // the last plugin's ADD and removed after the last one's DEL, which frees the IP: so a new holder's file may come before the
 // old one goes) and of ocicni, which CRI-O uses: its InitCNI keeps the default directory /var/lib/cni/results, and it passes
-// K8S_POD_NAMESPACE, K8S_POD_NAME and K8S_POD_UID (older ones no UID: such files are ignored). containerd's files were looked
-// at on a real cluster; CRI-O was not run.
+// K8S_POD_NAMESPACE, K8S_POD_NAME and K8S_POD_UID (older ones no UID: such files are ignored). containerd's files were read on a
+// real cluster, with the bridge and the ptp plugin, and are tested there. CRI-O was not run: what stands for its files is what
+// libcni 1.3.1 wrote when it was called with the arguments that ocicni passes. TestRuntimesFiles
 //
 // # When a pod began to use its IP
 //

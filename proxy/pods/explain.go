@@ -85,6 +85,12 @@ func (s Step) String() string {
 // MarshalText implements encoding.TextMarshaler.
 func (s Step) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 
+// UnmarshalText implements encoding.TextUnmarshaler: all but the text is lost.
+func (s *Step) UnmarshalText(text []byte) error {
+	*s = Step{Text: string(text)}
+	return nil
+}
+
 // Problem is the first step that went wrong.
 func (e *Explanation) Problem() (Step, bool) {
 	i := slices.IndexFunc(e.Steps, func(s Step) bool { return s.Mark == Bad })

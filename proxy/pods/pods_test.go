@@ -863,7 +863,7 @@ func ours() string {
 // Find does not allocate, whatever happens to the pods meanwhile, and is right at every moment.
 func TestFindWhileThingsChange(t *testing.T) {
 	h := newHarness(t, newAPIServer(t), testPolicy())
-	feed := fill(h.Pods, 250)
+	feed := fill(h.Pods, 64)
 	ip, unknown := addr("10.0.1.1"), addr("::ffff:10.9.9.9")
 	var done sync.WaitGroup
 	ctx, cancel := context.WithCancel(t.Context())
@@ -881,8 +881,8 @@ func TestFindWhileThingsChange(t *testing.T) {
 			}
 		})
 	}
-	for i := range 1000 {
-		feed(2 + i%240)
+	for i := range 300 {
+		feed(2 + i%60)
 	}
 	cancel()
 	done.Wait()

@@ -168,7 +168,7 @@ func (s *results) scan() {
 	})
 }
 
-// list reads the newest maxResults files.
+// list reads the newest files, as many as are kept.
 func (s *results) list() (map[string]*claim, error) {
 	dir, err := os.OpenFile(s.dir, os.O_RDONLY|syscall.O_DIRECTORY, 0)
 	if err != nil {
@@ -183,6 +183,7 @@ func (s *results) list() (map[string]*claim, error) {
 		return nil, err
 	}
 	s.since = s.booted()
+	most := s.pods.claims.max
 	type candidate struct {
 		name string
 		at   time.Time
@@ -190,7 +191,7 @@ func (s *results) list() (map[string]*claim, error) {
 	var newest []candidate
 	trim := func() {
 		slices.SortFunc(newest, func(a, b candidate) int { return b.at.Compare(a.at) })
-		newest = newest[:min(len(newest), maxResults)]
+		newest = newest[:min(len(newest), most)]
 	}
 	for {
 		entries, err := dir.ReadDir(256)
@@ -200,7 +201,7 @@ func (s *results) list() (map[string]*claim, error) {
 				newest = append(newest, candidate{e.Name(), info.ModTime()})
 			}
 		}
-		if len(newest) > 2*maxResults {
+		if len(newest) > 2*most {
 			trim()
 		}
 		if errors.Is(err, io.EOF) {

@@ -3,6 +3,7 @@ package pods
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -15,6 +16,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/imdsgate/imdsgate/proxy"
 )
@@ -235,6 +237,31 @@ func TestClaims(t *testing.T) {
 			{"both", func(n *cniNode) { put(n, "a", nil); n.write(a) }, map[string]string{ip: "a as cart"}},
 			{"gone", func(n *cniNode) { n.delete(podOf("a", "cart", nil)) }, map[string]string{ip: "unknown"}},
 		}},
+		{"a file left behind, its pod unknown", []step{
+			{"the API server's pod is older", func(n *cniNode) { n.write(a); put(n, "b", one, taken(old.Add(-time.Minute))) }, map[string]string{ip: "unknown"}},
+			{"of the same second", func(n *cniNode) { put(n, "b", one, taken(old)) }, map[string]string{ip: "unknown"}},
+			{"later, but by a clock that is not ours", func(n *cniNode) { put(n, "b", one, taken(now.Add(time.Hour))) }, map[string]string{ip: "unknown"}},
+			{"later", func(n *cniNode) { n.delete(podOf("b", "cart", one)); put(n, "b", one, taken(now)) }, map[string]string{ip: "b as cart"}},
+			{"another one, too", func(n *cniNode) { put(n, "c", one, taken(now)) }, map[string]string{ip: "unknown"}},
+			{"which terminates", func(n *cniNode) { put(n, "c", one, taken(now), terminating) }, map[string]string{ip: "b as cart"}},
+			{"as this one does", func(n *cniNode) { put(n, "b", one, taken(now), terminating) }, map[string]string{ip: "unknown"}},
+		}},
+		{"a file left behind, its pod ended", []step{
+			{"later", func(n *cniNode) {
+				put(n, "a", one, phase(corev1.PodSucceeded))
+				n.write(a)
+				put(n, "b", one, taken(now))
+			}, map[string]string{ip: "b as cart"}},
+			{"which has another address by its own result", func(n *cniNode) { n.write(sandbox{pod: "b", ips: []string{"10.0.0.2"}}) },
+				map[string]string{ip: "unknown", "10.0.0.2": "b as cart"}},
+		}},
+		{"a file left behind, its pod still runs: undecidable", []step{
+			{"both", func(n *cniNode) { put(n, "a", one); n.write(a); put(n, "b", one, taken(now)) }, map[string]string{ip: "ambiguous"}},
+		}},
+		{"written anew while its pod is not known yet", []step{
+			{"old", func(n *cniNode) { put(n, "b", one, taken(old)) }, map[string]string{ip: "b as cart"}},
+			{"new", func(n *cniNode) { n.write(sandbox{pod: "a", ips: one}) }, map[string]string{ip: "unknown"}},
+		}},
 		{"dual stack, and an address that is in no status", []step{
 			{"all", func(n *cniNode) {
 				put(n, "a", []string{"fd00::1"})
@@ -292,6 +319,15 @@ func TestClaims(t *testing.T) {
 			{"complete", func(n *cniNode) { n.delete(podOf("b", "cart", one)); n.write(sandbox{pod: "a", ips: one}) }, map[string]string{ip: "a as cart"}},
 			{"emptied", func(n *cniNode) { n.must(os.Truncate(filepath.Join(n.dir, a.file()), 0)) }, map[string]string{ip: "unknown"}},
 		}},
+		{"hard link: under another name it says nothing, and it is no second result", []step{
+			{"files", func(n *cniNode) {
+				put(n, "a", nil)
+				put(n, "b", one)
+				n.write(a)
+				n.must(os.Link(filepath.Join(n.dir, a.file()), filepath.Join(n.dir, b.file())))
+			}, map[string]string{ip: "ambiguous"}}, // of a and of the API server's b
+			{"the first name is gone", func(n *cniNode) { n.remove(a) }, map[string]string{ip: "b as cart"}},
+		}},
 		{"symbolic link, FIFO, directory, writable by others, huge", []step{
 			{"files", func(n *cniNode) {
 				put(n, "a", nil)
@@ -338,6 +374,85 @@ func TestClaims(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func taken(at time.Time) func(*corev1.Pod) {
+	return func(p *corev1.Pod) { p.Status.StartTime = &metav1.Time{Time: at} }
+}
+
+// While a file is swapped for others under its reader, each that is believed is whole: its content, its time and its kind are of
+// one file.
+func TestSwappedFiles(t *testing.T) {
+	t.Parallel()
+	n := newCNINode(t, newAPIServer(t)).mkdir()
+	old, now := time.Now().Add(-10*time.Minute), time.Now()
+	one := sandbox{pod: "a", id: "box", ips: []string{"10.0.0.1"}, at: old}
+	two := sandbox{pod: "b", id: "box", ips: []string{"10.0.0.2"}, at: now, ns: strings.Repeat("n", 200)}
+	path := filepath.Join(n.dir, one.file())
+	n.write(one)
+	aside := filepath.Join(t.TempDir(), "aside")
+	n.must(os.WriteFile(aside, sandbox{pod: "c", id: "box", ips: []string{"10.0.0.3"}}.json(), 0o600))
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for range 100 {
+			n.write(two)
+			for _, odd := range []func(string) error{
+				func(p string) error { return os.Symlink(aside, p) },
+				func(p string) error { return syscall.Mkfifo(p, 0o600) },
+				func(p string) error { return os.WriteFile(p, two.json()[:40], 0o600) },
+				func(p string) error { return os.WriteFile(p, nil, 0o600) },
+			} {
+				if err := errors.Join(odd(aside+"2"), os.Rename(aside+"2", path)); err != nil {
+					t.Error(err)
+				}
+			}
+			n.write(one)
+		}
+	}()
+	believed := map[string]int{}
+	for end := false; !end; {
+		select {
+		case <-done:
+			end = true
+		default:
+		}
+		cl, err := n.results.open(one.file())
+		if err != nil {
+			continue
+		}
+		believed[cl.name]++
+		want := map[string]sandbox{"a": one, "b": two}[cl.name]
+		if !cl.at.Equal(want.at) || len(cl.ips) != 1 || cl.ips[0].String() != want.ips[0] || cl.namespace != or(want.ns, "shop") {
+			t.Fatalf("believed %+v", cl)
+		}
+	}
+	if believed["a"] == 0 || believed["b"] == 0 {
+		t.Errorf("believed %v: nothing was swapped under the reader", believed)
+	}
+}
+
+// What runtimes write, byte for byte. cri-o.json is libcni's, with the arguments that CRI-O passes.
+func TestRuntimesFiles(t *testing.T) {
+	for name, want := range map[string]result{
+		"cri-o.json": {
+			namespace: "shop", name: "a", uid: "5d2f7c0e-8f5a-4c61-9b7e-1a2b3c4d5e6f", network: "crio", ifName: "eth0",
+			ips: []netip.Addr{addr("10.88.0.7"), addr("fd00:88::7")},
+		},
+	} {
+		data, err := os.ReadFile(filepath.Join("testdata", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var of struct{ ContainerID string }
+		if err := json.Unmarshal(data, &of); err != nil {
+			t.Fatal(err)
+		}
+		got, err := parseResult(want.network+"-"+of.ContainerID+"-"+want.ifName, data)
+		if err != nil || !got.equal(&want) {
+			t.Errorf("%s: %+v, %v", name, got, err)
+		}
 	}
 }
 
@@ -431,6 +546,11 @@ func TestFlood(t *testing.T) {
 	shop(api)
 	api.put(podOf("a", "cart", nil), podOf("b", "cart", nil))
 	n := newCNINode(t, api).mkdir()
+	if n.claims.max != maxResults {
+		t.Errorf("%d results may be kept", n.claims.max)
+	}
+	const most = 512 // the writing takes the time
+	n.claims.max = most
 	n.write(sandbox{pod: "a", ips: []string{"10.0.0.1"}, at: time.Now().Add(time.Hour)})
 	plain := string(sandbox{pod: "flooder", ips: []string{"10.1.0.0"}}.json())
 	shared := string(sandbox{pod: "flooder", ips: []string{"10.1.0.0", "10.0.0.9"}}.json())
@@ -449,18 +569,18 @@ func TestFlood(t *testing.T) {
 		defer n.Pods.mu.Unlock()
 		return len(n.claims.byFile)
 	}
-	flood(0, 6000)
+	flood(0, 3*most)
 	n.run(t)
 	n.synced(t)
-	if s := size(); s != maxResults {
-		t.Errorf("%d results are kept, want %d", s, maxResults)
+	if s := size(); s != most {
+		t.Errorf("%d results are kept, want %d", s, most)
 	}
 	n.expect(t, map[string]string{"10.0.0.1": "a as cart"})
-	flood(6000, 10000)
+	flood(3*most, 5*most)
 	n.write(sandbox{pod: "b", ips: []string{"10.0.0.2"}})
 	mustWait(t, n.Pods, "10.0.0.2")
-	if s := size(); s > maxResults {
-		t.Errorf("%d results are kept, want at most %d", s, maxResults)
+	if s := size(); s > most {
+		t.Errorf("%d results are kept, want at most %d", s, most)
 	}
 	n.expect(t, map[string]string{"10.0.0.1": "a as cart", "10.0.0.2": "b as cart"})
 	if lines := strings.Count(n.log.String(), "\n"); lines > 40 {

@@ -17,6 +17,7 @@ import (
 type resident struct {
 	facts
 	since     time.Time // see Caller.Since
+	taken     time.Time // on by the kubelet, before its sandbox was made: status.startTime, if it is certain
 	account   *used     // nil if it has none, or is not serving
 	namespace *used     // nil if account is
 	caller    *proxy.Caller
@@ -125,10 +126,16 @@ func (p *Pods) holder(ip netip.Addr) (answer, bool) {
 		return answer{}, false
 	case len(pods) > 1:
 		return answer{err: proxy.ErrAmbiguousIP}, true
-	case pods[0].caller == nil:
-		return answer{err: proxy.ErrIncomplete}, true
 	}
-	return answer{caller: pods[0].caller}, true
+	return apiAnswer(pods[0]), true
+}
+
+// apiAnswer is that of a pod that holds an IP by the API server's word.
+func apiAnswer(r *resident) answer {
+	if r.caller == nil {
+		return answer{err: proxy.ErrIncomplete}
+	}
+	return answer{caller: r.caller}
 }
 
 // names are the pods that have an IP by either source.
@@ -192,7 +199,8 @@ func (p *Pods) upsert(c *change, f facts, now, seen time.Time) {
 	}
 	was := cur.facts
 	cur.facts = f
-	cur.since = later(cur.since, lowerBound(was.started, f.started, now))
+	cur.taken = later(cur.taken, lowerBound(was.started, f.started, now))
+	cur.since = later(cur.since, cur.taken)
 	cur.since = later(cur.since, lowerBound(was.firstRun, f.firstRun, now))
 	c.touch(was.ips...)
 	c.touch(f.ips...)
