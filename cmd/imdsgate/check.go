@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -12,14 +13,22 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
 
+	"github.com/imdsgate/imdsgate/cache"
+	"github.com/imdsgate/imdsgate/cache/sts"
+	"github.com/imdsgate/imdsgate/cmd/imdsgate/page"
 	"github.com/imdsgate/imdsgate/iptables"
 	"github.com/imdsgate/imdsgate/proxy"
 	"github.com/imdsgate/imdsgate/proxy/pods"
 )
 
-// checkTime bounds how long -check waits for the API server.
-const checkTime = 10 * time.Second
+// Bounds of -check.
+const (
+	checkTime  = 10 * time.Second // for the API server to tell all that counts
+	askTime    = time.Minute      // to ask STS for the credentials of every pod
+	asksAtOnce = 8                // that STS is asked at once
+)
 
 // report prints findings and remembers whether one of them is an error.
 type report struct {
@@ -27,29 +36,64 @@ type report struct {
 	failed bool
 }
 
-func (r *report) add(severity iptables.Severity, subject, text, fix string) {
-	if severity == iptables.Error {
-		r.failed = true
-	}
-	fmt.Fprintf(r.w, "%-8s %-13s %s\n", severity, subject, text)
+// line prints one: its mark, what it is about, what was found and what to do.
+func (r *report) line(mark, about, text, fix string) {
+	fmt.Fprintf(r.w, "  %-2s  %-13s %s\n", mark, about, text)
 	if fix != "" {
-		fmt.Fprintf(r.w, "%-22s %s\n", "", "fix: "+fix)
+		fmt.Fprintf(r.w, "      %-13s fix: %s\n", "", fix)
 	}
+}
+
+func (r *report) add(f page.Finding) {
+	mark := map[string]string{string(iptables.Info): "ok", string(iptables.Warning): "! "}[f.Severity]
+	if f.Severity == string(iptables.Error) {
+		r.failed, mark = true, "!!"
+	}
+	r.line(mark, f.About, f.Text, f.Fix)
 }
 
 // result adds an error of a step, or what is in order.
-func (r *report) result(subject string, err error, ok string) {
+func (r *report) result(about string, err error, ok string) {
 	if err == nil {
-		r.add(iptables.Info, subject, ok, "")
+		r.add(page.Finding{Severity: string(iptables.Info), About: about, Text: ok})
 		return
 	}
-	for line := range strings.SplitSeq(err.Error(), "\n") {
-		r.add(iptables.Error, subject, line, "")
+	if issue, is := errors.AsType[*cache.IssueError](err); is {
+		text, fix := page.Words(issue)
+		r.add(page.Finding{Severity: string(iptables.Error), About: about, Text: text, Fix: fix})
+		return
+	}
+	for _, line := range lines(err) {
+		r.add(page.Finding{Severity: string(iptables.Error), About: about, Text: line})
 	}
 }
 
-// check validates configuration, permissions and rules, or explains pods. It changes nothing on the node.
-func check(ctx context.Context, c *Config, w io.Writer) error {
+// checker is one run of -check.
+type checker struct {
+	config  *Config
+	policy  proxy.Policy
+	issuer  *sts.STS
+	pods    *pods.Pods
+	running *page.View // of the instance on this node; nil: none
+	w       io.Writer
+}
+
+// check validates configuration, permissions and rules, or explains pods. It changes nothing on the node. Where an instance
+// runs, its settings count, unless others are given.
+func (a app) check(ctx context.Context, c *Config, args []string, getenv func(string) string) error {
+	k := &checker{config: c, running: running(ctx, c.ProbeSocket), w: a.stdout}
+	if k.running != nil {
+		set, err := parseConfig(args, asSet(k.running, getenv), io.Discard)
+		if err != nil {
+			return usageError{err}
+		}
+		k.config = set
+	}
+	return k.run(ctx)
+}
+
+func (k *checker) run(ctx context.Context) error {
+	c := k.config
 	var namespace, name string
 	switch len(c.Args) {
 	case 0:
@@ -61,49 +105,53 @@ func check(ctx context.Context, c *Config, w io.Writer) error {
 	default:
 		return usageError{fmt.Errorf("-check takes one NAMESPACE/POD, behind all flags, not %q", c.Args)}
 	}
-	r := &report{w: w}
+	r := &report{w: k.w}
 	if err := c.Validate(); err != nil {
 		r.result("configuration", err, "")
 		return errFindings
 	}
-	ctx, cancel := context.WithTimeout(ctx, checkTime)
-	defer cancel()
 	quiet := slog.New(slog.DiscardHandler)
-
-	policy := c.Policy
-	issuer, issuerErr := newIssuer(ctx, c, &policy, func(context.Context, string, string, string) (string, error) {
-		return "", errors.New("-check asks for no token")
+	k.policy = c.Policy
+	var issuerErr error
+	k.issuer, issuerErr = newIssuer(ctx, c, &k.policy, func(ctx context.Context, namespace, serviceAccount, audience string) (string, error) {
+		return k.pods.Token(ctx, namespace, serviceAccount, audience)
 	}, quiet, prometheus.NewRegistry())
-	kube, err := watchPods(ctx, c, &policy, quiet)
+	syncing, cancel := context.WithTimeout(ctx, checkTime)
+	defer cancel()
+	stop, err := k.watchPods(ctx, quiet)
 	if err == nil {
-		defer kube.stop()
-		err = kube.pods.WaitSynced(ctx)
+		defer stop()
+		err = k.pods.WaitSynced(syncing)
 	}
 	if namespace != "" || c.All {
-		if err != nil {
+		if k.pods == nil || err != nil && len(k.pods.All()) == 0 {
 			return err
 		}
-		return explain(kube.pods, namespace, name, w)
+		if issuerErr != nil {
+			r.result("sts", issuerErr, "")
+		}
+		return k.explain(ctx, namespace, name)
 	}
 
+	k.instance(r)
 	r.result("configuration", nil, "valid")
 	r.result("state", stateDir(c.StateDir), "-state-dir can be used")
 	if err == nil {
-		r.result("pods", kube.pods.NodeExists(ctx), fmt.Sprintf("%d pods are bound to node %s", len(kube.pods.All()), c.Node))
+		r.result("pods", k.pods.NodeExists(syncing), fmt.Sprintf("%d pods are bound to node %s; -check -all explains each", len(k.pods.All()), c.Node))
 	} else {
 		r.result("pods", err, "")
 	}
 	if issuerErr == nil {
-		issuerErr = issuer.Check(ctx)
+		issuerErr = k.issuer.Check(syncing)
 	}
-	r.result("sts", issuerErr, "reachable with "+policy.Issuer)
+	r.result("sts", issuerErr, "reachable with "+k.policy.Issuer)
 	if c.Redirect != "none" || c.Guard {
 		rules, err := iptables.New(c.rules(quiet, prometheus.NewRegistry()))
 		if err != nil {
 			return err
 		}
-		for _, f := range rules.Check(ctx) {
-			r.add(f.Severity, strings.TrimSpace(f.Subject+" "+f.Family), f.Text, f.Fix)
+		for _, f := range findings(rules.Check(ctx), c.Redirect == "none") {
+			r.add(f)
 		}
 	}
 	if r.failed {
@@ -112,55 +160,150 @@ func check(ctx context.Context, c *Config, w io.Writer) error {
 	return nil
 }
 
-// watch is a Pods that runs.
-type watch struct {
-	pods *pods.Pods
-	stop func()
+// instance reports on the one that runs.
+func (k *checker) instance(r *report) {
+	v := k.running
+	if v == nil {
+		r.add(page.Finding{
+			Severity: string(iptables.Warning), About: "instance", Text: "none answers on this node: flags and environment of this command count",
+			Fix: "run -check in the container of imdsgate, or start it; -probe-socket is where it answers",
+		})
+		return
+	}
+	attention := 0
+	for _, p := range v.Pods {
+		if p.Status.Attention() {
+			attention++
+		}
+	}
+	text := fmt.Sprintf("imdsgate %s runs for %s, %d of its %d pods need attention", v.Version, page.Span(v.Now.Sub(v.Started)), attention, len(v.Pods))
+	if attention > 0 {
+		r.add(page.Finding{Severity: string(iptables.Warning), About: "instance", Text: text, Fix: "-check -all says which and why"})
+	} else {
+		r.result("instance", nil, text)
+	}
+	for _, missing := range v.NotReady {
+		r.add(page.Finding{Severity: string(iptables.Error), About: "instance", Text: "not ready: " + missing})
+	}
 }
 
-func watchPods(ctx context.Context, c *Config, policy *proxy.Policy, log *slog.Logger) (watch, error) {
-	config, err := pods.LoadConfig(c.Kubeconfig)
+// watchPods starts to follow the API server; stop ends it.
+func (k *checker) watchPods(ctx context.Context, log *slog.Logger) (stop func(), err error) {
+	config, err := pods.LoadConfig(k.config.Kubeconfig)
 	if err != nil {
-		return watch{}, err
+		return nil, err
 	}
-	p, err := pods.New(pods.Options{Config: config, Node: c.Node, Policy: policy, Log: log, Metrics: prometheus.NewRegistry(), CNIResults: c.CNIResults})
+	k.pods, err = pods.New(pods.Options{
+		Config: config, Node: k.config.Node, Policy: &k.policy, Log: log, Metrics: prometheus.NewRegistry(), CNIResults: k.config.CNIResults,
+	})
 	if err != nil {
-		return watch{}, err
+		return nil, err
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		_ = p.Run(ctx)
+		_ = k.pods.Run(ctx)
 	}()
-	return watch{pods: p, stop: func() { cancel(); <-done }}, nil
+	return func() { cancel(); <-done }, nil
 }
 
 // explain prints how the answer to one pod, or to every pod, comes about.
-func explain(p *pods.Pods, namespace, name string, w io.Writer) error {
-	all := p.All()
+func (k *checker) explain(ctx context.Context, namespace, name string) error {
+	all := k.pods.All()
 	if name != "" {
-		e, ok := p.Explain(namespace, name)
+		e, ok := k.pods.Explain(namespace, name)
 		if !ok {
-			return fmt.Errorf("no pod %s/%s is bound to this node: run -check on the pod's own node", namespace, name)
+			return k.notHere(ctx, namespace, name)
 		}
 		all = []pods.Explanation{e}
 	}
-	refused := false
-	for _, e := range all {
-		refused = refused || e.Decision != pods.DecisionGranted
-		writeExplanation(w, e)
+	list := k.withCredentials(ctx, all)
+	page.Sort(list)
+	attention := 0
+	for _, p := range list {
+		k.print(p)
+		if p.Status.Attention() {
+			attention++
+		}
 	}
-	if name != "" && refused {
+	if name != "" {
+		if s := list[0].Status; s != page.Served && s != page.Elsewhere {
+			return errFindings
+		}
+		return nil
+	}
+	fmt.Fprintf(k.w, "%d pods on node %s, %d need attention\n", len(list), k.config.Node, attention)
+	if attention > 0 {
 		return errFindings
 	}
 	return nil
 }
 
-func writeExplanation(w io.Writer, e pods.Explanation) {
-	fmt.Fprintf(w, "%s/%s: %s\n", e.Namespace, e.Name, e.Decision)
-	for _, s := range e.Steps {
-		fmt.Fprintf(w, "  - %s\n", s)
+// notHere says where a pod is that is not on this node.
+func (k *checker) notHere(ctx context.Context, namespace, name string) error {
+	node, err := k.pods.Locate(ctx, namespace, name)
+	switch {
+	case err != nil:
+		return fmt.Errorf("no pod %s/%s is bound to node %s: %w", namespace, name, k.config.Node, err)
+	case node == "":
+		return fmt.Errorf("no node: pod %s/%s is not scheduled yet", namespace, name)
+	}
+	return fmt.Errorf("pod %s/%s is bound to node %s, this is %s: run -check in the imdsgate pod of that node; if there is none, nobody there serves it, "+
+		"and only the guard or IMDSv2's hop limit keeps the node's role from it", namespace, name, node, k.config.Node)
+}
+
+// withCredentials adds what the running instance has for each pod. Where it does not know, STS is asked: once for each key,
+// and what it gives is thrown away.
+func (k *checker) withCredentials(ctx context.Context, all []pods.Explanation) []page.Pod {
+	ctx, cancel := context.WithTimeout(ctx, askTime)
+	defer cancel()
+	now := time.Now()
+	entries := make([]*cache.Entry, len(all))
+	ask := map[cache.Key][]int{}
+	for i, e := range all {
+		if e.Key == nil {
+			continue
+		}
+		if entries[i] = known(k.running, e.UID); entries[i] == nil && e.Prefetch && k.issuer != nil {
+			ask[*e.Key] = append(ask[*e.Key], i)
+		}
+	}
+	var g errgroup.Group
+	g.SetLimit(asksAtOnce)
+	for key, pods := range ask {
+		g.Go(func() error {
+			entry := k.ask(ctx, key)
+			for _, i := range pods {
+				entries[i] = entry
+			}
+			return nil
+		})
+	}
+	_ = g.Wait()
+	list := make([]page.Pod, len(all))
+	for i, e := range all {
+		list[i] = page.NewPod(e, entries[i], now)
+	}
+	return list
+}
+
+// ask asks STS for the credentials of a key.
+func (k *checker) ask(ctx context.Context, key cache.Key) *cache.Entry {
+	ctx, cancel := context.WithTimeout(ctx, checkTime)
+	defer cancel()
+	issued, err := k.issuer.Issue(ctx, key)
+	if err != nil {
+		return &cache.Entry{Key: key, State: cache.Failed, Err: err}
+	}
+	return &cache.Entry{Key: key, State: cache.Ready, Expires: issued.Expires}
+}
+
+func (k *checker) print(p page.Pod) {
+	fmt.Fprintf(k.w, "%s/%s: %s\n", p.Namespace, p.Name, cmp.Or(p.Status, page.Status(p.Decision)))
+	r := report{w: k.w}
+	for _, s := range p.Steps {
+		r.line(string(s.Mark), s.About, s.Text, s.Fix)
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/imdsgate/imdsgate/cmd/imdsgate/page"
 	"github.com/imdsgate/imdsgate/proxy"
 )
 
@@ -52,6 +53,8 @@ type Config struct {
 	// What to do instead of serving.
 	Cleanup, Check, All, GuardOnly, Probe, Version bool
 	Args                                           []string
+
+	InEffect []page.Flag // every setting, for people
 }
 
 // list is a comma-separated flag value that may also be given more than once.
@@ -188,6 +191,7 @@ func parseConfig(args []string, getenv func(string) string, out io.Writer) (*Con
 		}
 		c.HostIPs = append(c.HostIPs, ip.Unmap())
 	}
+	c.InEffect = c.inEffect(fs)
 	c.Policy.Node = c.Node
 	c.Policy.Chained = c.IntermediateRoleARN != ""
 	return &c, errors.Join(errs...)

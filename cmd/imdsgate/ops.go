@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -15,6 +14,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/imdsgate/imdsgate/cmd/imdsgate/page"
 )
 
 // serveOps starts the operator's listeners: ops, debug and the probe socket. Each is a server of its own; none shares the
@@ -29,7 +30,11 @@ func (d *daemon) serveOps(ctx context.Context, task func(context.Context, string
 	}
 	serve("ops", "tcp", d.config.OpsAddr, ops)
 	serve("debug", "tcp", d.config.DebugAddr, d.debugHandler())
-	serve("probes", "unix", d.config.ProbeSocket, ops)
+	probes := http.NewServeMux()
+	d.page.Register(probes) // what -check asks
+	probes.Handle("GET /healthz", ops)
+	probes.Handle("GET /readyz", ops)
+	serve("probes", "unix", d.config.ProbeSocket, probes)
 }
 
 // serveHTTP serves until ctx is done. While the address is taken, by the instance that this one replaces, it tries again: the
@@ -171,24 +176,7 @@ func (d *daemon) ready(context.Context) error {
 // debugHandler shows what the daemon decided, never a secret.
 func (d *daemon) debugHandler() http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /debug/pods", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "application/json")
-		enc := json.NewEncoder(w)
-		enc.SetIndent("", "  ")
-		_ = enc.Encode(d.pods.All())
-	})
-	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-		fmt.Fprintf(w, "imdsgate %s on %s\n", version(), d.config.Node)
-		if err := d.ready(r.Context()); err != nil {
-			fmt.Fprintf(w, "not ready: %v\n", err)
-		} else {
-			fmt.Fprintln(w, "ready")
-		}
-		for _, p := range d.pods.All() {
-			writeExplanation(w, p)
-		}
-	})
+	d.page.Register(mux)
 	if d.config.Pprof {
 		mux.HandleFunc("GET /debug/pprof/", pprof.Index)
 		mux.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
@@ -196,7 +184,7 @@ func (d *daemon) debugHandler() http.Handler {
 		mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
 		mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	}
-	return mux
+	return page.Local(d.config.DebugAddr, mux)
 }
 
 // probe asks the running instance over its socket.
@@ -208,25 +196,14 @@ func probe(ctx context.Context, c *Config, stdout io.Writer) error {
 	case len(c.Args) > 1 || len(c.Args) == 1 && c.Args[0] != "ready":
 		return usageError{fmt.Errorf("-probe takes health or ready, not %q", c.Args)}
 	}
-	client := http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			var d net.Dialer
-			return d.DialContext(ctx, "unix", c.ProbeSocket)
-		},
-	}}
-	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://imdsgate"+path, nil)
+	body, status, err := askSocket(ctx, c.ProbeSocket, path, 4<<10)
 	if err != nil {
 		return err
 	}
-	resp, err := client.Do(r)
-	if err != nil {
-		return fmt.Errorf("no instance answers at %s (-probe-socket): %w", c.ProbeSocket, err)
+	if _, err := stdout.Write(body); err != nil {
+		return fmt.Errorf("tell the answer: %w", err)
 	}
-	defer resp.Body.Close()
-	if _, err := io.Copy(stdout, io.LimitReader(resp.Body, 4<<10)); err != nil {
-		return fmt.Errorf("read the answer: %w", err)
-	}
-	if resp.StatusCode != http.StatusOK {
+	if status != http.StatusOK {
 		return errFindings
 	}
 	return nil

@@ -23,6 +23,7 @@ import (
 
 	"github.com/imdsgate/imdsgate/cache"
 	"github.com/imdsgate/imdsgate/cache/sts"
+	"github.com/imdsgate/imdsgate/cmd/imdsgate/page"
 	"github.com/imdsgate/imdsgate/iptables"
 	"github.com/imdsgate/imdsgate/proxy"
 	"github.com/imdsgate/imdsgate/proxy/pods"
@@ -79,7 +80,7 @@ func (a app) run(ctx context.Context, args []string, getenv func(string) string)
 	case c.Cleanup:
 		return cleanup(ctx, c, a.stdout, newLogger(c, a.stderr))
 	case c.Check:
-		return check(ctx, c, a.stdout)
+		return a.check(ctx, c, args, getenv)
 	case c.GuardOnly && !c.Guard:
 		return usageError{errors.New("-guard-only has nothing to do with -guard=false: leave one of them out")}
 	}
@@ -133,12 +134,15 @@ type daemon struct {
 	pods    *pods.Pods
 	cache   *cache.Cache
 	server  *proxy.Server
+	page    *page.Page
+	started time.Time
+	seen    seenRules
 	// redirected is closed once pods are sent here. A second instance is not ready before: the first would be ended too soon.
 	redirected chan struct{}
 }
 
 func newDaemon(ctx context.Context, c *Config, log *slog.Logger) (*daemon, error) {
-	d := &daemon{config: c, log: log, metrics: newRegistry(), redirected: make(chan struct{})}
+	d := &daemon{config: c, log: log, metrics: newRegistry(), started: time.Now(), redirected: make(chan struct{})}
 	var err error
 	if d.rules, err = iptables.New(c.rules(log, d.metrics)); err != nil {
 		return nil, err
@@ -177,6 +181,9 @@ func newDaemon(ctx context.Context, c *Config, log *slog.Logger) (*daemon, error
 	})
 	if err := d.cache.Restore(); err != nil {
 		return nil, fmt.Errorf("%w (-state-dir)", err)
+	}
+	if d.page, err = page.New(d.view); err != nil {
+		return nil, err
 	}
 	d.server, err = proxy.NewServer(proxy.Options{
 		Callers: d.pods, Credentials: d.cache, Reports: d.pods, TokenKey: tokenKey, IMDSv1: c.IMDSv1,

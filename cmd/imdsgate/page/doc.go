@@ -1,0 +1,8 @@
+// Package page is the status page of one node: what every pod gets and why, in HTML that needs no script, and the same in
+// JSON.
+//
+// It is made anew from a View for every request and keeps nothing. It shows what users wrote into annotations and what pods
+// asked for, so html/template escapes all of it, the Content-Security-Policy allows one style sheet and nothing else, and
+// Local refuses requests that a foreign page made a browser send here by a name of its own (DNS rebinding). A View holds no
+// secret: the types that it is made of have none.
+package page
