@@ -81,17 +81,31 @@ func (o *owner) take() error {
 		n = uint64(time.Now().UnixNano()) // unreadable: any number that nobody else holds
 	}
 	n = max(n, o.generation.Load()) + 1
-	path := filepath.Join(o.dir, generationFile)
-	if err := os.WriteFile(path+".new", strconv.AppendUint(nil, n, 10), 0o600); err != nil {
-		return fmt.Errorf("take over the rules: %w", err)
-	}
+	path, content := filepath.Join(o.dir, generationFile), strconv.AppendUint(nil, n, 10)
 	// Known before it can be read: check, which holds no lock, would take it for another instance's.
 	before := o.generation.Swap(n)
-	if err := os.Rename(path+".new", path); err != nil {
+	err = os.WriteFile(path+".new", content, 0o600)
+	if err == nil {
+		err = os.Rename(path+".new", path)
+	}
+	if err != nil && overwrite(path, content) != nil {
 		o.generation.Store(before)
 		return fmt.Errorf("take over the rules: %w", err)
 	}
 	return nil
+}
+
+// overwrite writes into a file that is there: on a disk without a free byte that needs none. The instance before this one is told
+// by no event, and finds out before its next repair.
+func overwrite(path string, content []byte) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return err
+	}
+	if _, err = f.WriteAt(content, 0); err == nil {
+		err = f.Truncate(int64(len(content)))
+	}
+	return errors.Join(err, f.Close())
 }
 
 // check returns errSuperseded once an instance that was unknown so far has taken over. A lost file changes nothing.

@@ -123,8 +123,8 @@ func parseTTL(s string) (time.Duration, bool) {
 	return time.Duration(n) * time.Second, true
 }
 
-// LoadTokenKey reads the key for session tokens from token.key in dir, and makes both when they are missing. Two daemons
-// that start at once end with the same key. It refuses a directory or file that somebody other than root and this process
+// LoadTokenKey reads the key for session tokens from token.key in dir, and makes both when they are missing, and the key when it
+// is not whole. Two daemons that start at once end with the same key. It refuses a directory or file that somebody other than root and this process
 // could have written, and symbolic links. With an empty dir it returns a random key that is not kept.
 func LoadTokenKey(dir string) ([]byte, error) {
 	if dir == "" {
@@ -167,6 +167,11 @@ func loadTokenKey(dir string) ([]byte, error) {
 		return nil, err
 	}
 	key, err := readTokenKey(root)
+	if errors.Is(err, errKeySize) { // nothing that could be kept: the tokens of before are lost either way
+		if err = root.Remove(tokenKeyFile); err == nil {
+			err = fs.ErrNotExist
+		}
+	}
 	if !errors.Is(err, fs.ErrNotExist) {
 		return key, err
 	}
@@ -175,6 +180,9 @@ func loadTokenKey(dir string) ([]byte, error) {
 	}
 	return readTokenKey(root)
 }
+
+// errKeySize is of a file that was cut off, by a disk that was full for instance.
+var errKeySize = fmt.Errorf("%s is not of %d bytes", tokenKeyFile, tokenKeySize)
 
 func readTokenKey(root *os.Root) ([]byte, error) {
 	f, err := root.OpenFile(tokenKeyFile, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a named pipe would block
@@ -190,11 +198,14 @@ func readTokenKey(root *os.Root) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if !os.SameFile(link, opened) || !opened.Mode().IsRegular() || opened.Size() != tokenKeySize {
-		return nil, fmt.Errorf("%s must be a regular file of %d bytes: remove it", tokenKeyFile, tokenKeySize)
+	if !os.SameFile(link, opened) || !opened.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s must be a regular file: remove it", tokenKeyFile)
 	}
 	if err := trusted(tokenKeyFile, opened, ownerOnlyMode); err != nil {
 		return nil, err
+	}
+	if opened.Size() != tokenKeySize {
+		return nil, errKeySize
 	}
 	key := make([]byte, tokenKeySize)
 	_, err = f.ReadAt(key, 0)
