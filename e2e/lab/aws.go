@@ -46,7 +46,7 @@ func (n *Node) startAWS(ctx context.Context) error {
 		Roles: []aws.Role{{ARN: NodeRoleARN, Allow: []string{"*"}}},
 		Providers: []aws.Provider{{
 			Account: Account, Issuer: apiServerURL, ClientIDs: []string{"sts.amazonaws.com"},
-			Keys: n.lab.ControlPlane.keys,
+			Keys: n.lab.ControlPlane.Keys,
 		}},
 	})
 	if err != nil {
@@ -131,8 +131,8 @@ func (l *Lab) nodeCredentials(source netip.Addr) (imds.Credentials, bool) {
 	return imds.Credentials{}, false
 }
 
-// keys fetches the public keys of service account tokens, as AWS does from a cluster's OIDC endpoint.
-func (c *ControlPlane) keys(ctx context.Context) ([]byte, error) {
+// Keys fetches the public keys of service account tokens, as AWS does from a cluster's OIDC endpoint.
+func (c *ControlPlane) Keys(ctx context.Context) ([]byte, error) {
 	transport := &http.Transport{DialContext: c.fabric.Dial, TLSClientConfig: &tls.Config{RootCAs: c.ca.pool()}, DisableKeepAlives: true}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, apiServerURL+"/openid/v1/jwks", nil)
 	if err != nil {
