@@ -105,7 +105,7 @@ const (
 	costToken   = 200 * time.Microsecond // the PUT
 	costConn    = 200 * time.Microsecond
 	costRefusal = 500 * time.Microsecond
-	credit      = 250 * time.Millisecond // what may be used at once
+	credit      = 50 * time.Millisecond  // what may be used at once: the others wait for as long
 	maxWait     = 300 * time.Millisecond // more than all connections of a source are worth, below a client's patience
 )
 
