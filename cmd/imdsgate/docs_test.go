@@ -114,7 +114,7 @@ func TestDocsNames(t *testing.T) {
 	var ips []string
 	flags := c.flags(&ips)
 
-	target := regexp.MustCompile(`\bmake ([a-z][a-z-]*)`)
+	target := regexp.MustCompile(`(?:^|[;&|] ?)make((?: [a-z][a-z-]*)+)`)
 	option := regexp.MustCompile(`^(?:.*\bimdsgate )?-([a-z][a-z0-9-]+)`)
 	value := regexp.MustCompile(`\bflags\.([a-z][a-z0-9-]+)`)
 	metric := regexp.MustCompile(`\bimdsgate_[a-z0-9_]+`)
@@ -126,7 +126,9 @@ func TestDocsNames(t *testing.T) {
 		}
 		for _, code := range codeOf(text) {
 			for _, m := range target.FindAllStringSubmatch(code, -1) {
-				known("make target", m[1], targets[m[1]])
+				for name := range strings.FieldsSeq(m[1]) {
+					known("make target", name, targets[name])
+				}
 			}
 			if m := option.FindStringSubmatch(code); m != nil {
 				known("flag", m[1], flags.Lookup(m[1]) != nil)
