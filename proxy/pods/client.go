@@ -17,10 +17,10 @@ import (
 // newClient returns a client for core/v1 alone: client-go's clientset would register every API group there is, at some
 // megabytes per node. No client-side rate limit: with client-go's default of 5 a second a full node would take half a
 // minute to sync; API Priority and Fairness is the server's own protection.
-func newClient(config *rest.Config) (*rest.RESTClient, error) {
+func newClient(config *rest.Config) (*rest.RESTClient, runtime.ClientNegotiator, error) {
 	scheme := runtime.NewScheme()
 	if err := corev1.AddToScheme(scheme); err != nil {
-		return nil, fmt.Errorf("register core/v1: %w", err)
+		return nil, nil, fmt.Errorf("register core/v1: %w", err)
 	}
 	scheme.AddKnownTypes(authenticationv1.SchemeGroupVersion, &authenticationv1.TokenRequest{})
 	c := rest.CopyConfig(config)
@@ -31,9 +31,9 @@ func newClient(config *rest.Config) (*rest.RESTClient, error) {
 	c.WarningHandler = rest.NoWarnings{}
 	client, err := rest.RESTClientFor(c)
 	if err != nil {
-		return nil, fmt.Errorf("API server client: %w", err)
+		return nil, nil, fmt.Errorf("API server client: %w", err)
 	}
-	return client, nil
+	return client, runtime.NewClientNegotiator(c.NegotiatedSerializer, corev1.SchemeGroupVersion), nil
 }
 
 // NodeExists asks whether Options.Node can be this node's name: a pod is bound to it, or, where the right to get nodes is

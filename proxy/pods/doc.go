@@ -6,7 +6,8 @@
 // # Rules
 //
 //  1. Only pods of this node, and only service accounts and namespaces that they use, are watched: one watch each, as long
-//     as there is a pod. Nothing grows with the cluster. TestWatchesAreCounted
+//     as there is a pod, opened a few at a time. Nothing grows with the cluster. TestWatchesAreCounted,
+//     TestWatchesAreOpenedAFewAtATime, TestStreamGoesOn
 //  2. A pod is found by every IP of its status and of its CNI results. Pods in the node's network, ended pods and other
 //     nodes' pods never are. TestFindByIP. A terminating pod keeps access until its containers have ended. TestContainersEnded
 //  3. An IP belongs to the pod of the newest CNI result for it (see below). Without any it belongs to the single pod that is

@@ -261,10 +261,7 @@ func (u *used) describe() string {
 
 // of is what keeps the watch of one object from working; nil: nothing is known to.
 func (f *failures) of(resource string, name types.NamespacedName) error {
-	what := resource + " with " + fields.OneTermEqualSelector(metav1.ObjectNameField, name.Name).String()
-	if name.Namespace != "" {
-		what += " in namespace " + name.Namespace
-	}
+	what := newFollowing(resource, name.Namespace, fields.OneTermEqualSelector(metav1.ObjectNameField, name.Name).String()).what
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for w, err := range f.now {

@@ -26,6 +26,14 @@ type following struct {
 	over     bool   // guarded by failures.mu
 }
 
+func newFollowing(resource, namespace, selector string) *following {
+	what := resource + " with " + selector
+	if namespace != "" {
+		what += " in namespace " + namespace
+	}
+	return &following{resource: resource, what: what}
+}
+
 // logEvery is how often one kind of failure is logged: a full node has hundreds of watches, and all of them fail at once.
 const logEvery = time.Minute
 

@@ -13,6 +13,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/time/rate"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/client-go/rest"
@@ -37,19 +38,21 @@ type Options struct {
 
 // Pods knows the pods of one node, their service accounts and their namespaces. It is safe for concurrent use.
 type Pods struct {
-	client   *rest.RESTClient
-	node     string
-	policy   *proxy.Policy
-	log      *slog.Logger
-	onChange func(namespace, serviceAccount string)
-	events   *events
-	failures failures
-	backoff  *wait.Backoff // between attempts to reach the API server; nil: client-go's, 0.8 s to 1 min
-	waiting  waiting
-	count    atomic.Int64
-	synced   chan struct{} // closed when it is
-	results  *results      // nil: off
-	found    [sources]prometheus.Counter
+	client     *rest.RESTClient
+	negotiator runtime.ClientNegotiator // reads streams
+	opening    chan struct{}            // has one for each watch that is being opened
+	node       string
+	policy     *proxy.Policy
+	log        *slog.Logger
+	onChange   func(namespace, serviceAccount string)
+	events     *events
+	failures   failures
+	backoff    *wait.Backoff // between attempts to reach the API server; nil: client-go's, 0.8 s to 1 min
+	waiting    waiting
+	count      atomic.Int64
+	synced     chan struct{} // closed when it is
+	results    *results      // nil: off
+	found      [sources]prometheus.Counter
 
 	ambiguous rate.Sometimes // log lines about IPs
 
@@ -77,12 +80,14 @@ func New(o Options) (*Pods, error) {
 	if o.Node == "" {
 		return nil, errors.New("no node name: set -node or NODE_NAME")
 	}
-	client, err := newClient(o.Config)
+	client, negotiator, err := newClient(o.Config)
 	if err != nil {
 		return nil, err
 	}
 	p := &Pods{
 		client:     client,
+		negotiator: negotiator,
+		opening:    make(chan struct{}, maxOpening),
 		node:       o.Node,
 		policy:     o.Policy,
 		log:        o.Log,

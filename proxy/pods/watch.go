@@ -11,7 +11,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/watch"
 	kcache "k8s.io/client-go/tools/cache"
@@ -86,34 +85,26 @@ func (s *store[O, F]) Bookmark(string) error {
 	return nil
 }
 
-// reflect keeps the store up to date until ctx is done. What client-go does about lost connections, bookmarks and expired
-// resource versions is client-go's; its log lines would be written past ours and name no permission, so they are dropped
-// and errors are logged here.
-func (p *Pods) reflect(ctx context.Context, resource, namespace string, selector fields.Selector, of runtime.Object,
-	into kcache.ReflectorStore, opened func(),
-) {
-	w := &following{resource: resource, what: resource + " with " + selector.String()}
-	if namespace != "" {
-		w.what += " in namespace " + namespace
-	}
+// reflect keeps the node's pods in the store until ctx is done. What client-go does about lost connections, bookmarks and
+// expired resource versions is client-go's; its log lines would be written past ours and name no permission, so they are
+// dropped and errors are logged here. A list may be answered from the past: before 1.31, API servers read all pods of the
+// cluster to answer exactly.
+func (p *Pods) reflect(ctx context.Context, into kcache.ReflectorStore, opened func()) {
+	selector := p.nodeSelector().String()
+	w := newFollowing("pods", "", selector)
 	defer p.failures.end(w)
-	lw := kcache.NewFilteredListWatchFromClient(p.client, resource, namespace, func(o *metav1.ListOptions) {
-		o.FieldSelector = selector.String()
+	lw := kcache.NewFilteredListWatchFromClient(p.client, w.resource, metav1.NamespaceAll, func(o *metav1.ListOptions) {
+		o.FieldSelector = selector
 	})
 	list, open := lw.ListWithContextFunc, lw.WatchFuncWithContext
 	lw.ListWithContextFunc = func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
-		if o.ResourceVersion == "0" && resource != "pods" {
-			// "0" may be answered from the past, and an object missing there would be taken for confirmed absent. For one
-			// object the exact answer is cheap. For pods it is not: API servers before 1.31 read all pods of the cluster.
-			o.ResourceVersion = ""
-		}
 		l, err := list(ctx, o)
 		p.followed(ctx, w, "list", err)
 		return l, err
 	}
 	lw.WatchFuncWithContext = func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 		stream, err := open(ctx, o)
-		if err == nil && opened != nil {
+		if err == nil {
 			opened()
 		}
 		p.followed(ctx, w, "watch", err)
@@ -125,7 +116,7 @@ func (p *Pods) reflect(ctx context.Context, resource, namespace string, selector
 		return stream, err
 	}
 	discard := logr.Discard()
-	kcache.NewReflectorWithOptions(lw, of, into, kcache.ReflectorOptions{Name: resource, Logger: &discard, Backoff: p.backoff}).
+	kcache.NewReflectorWithOptions(lw, &corev1.Pod{}, into, kcache.ReflectorOptions{Name: w.resource, Logger: &discard, Backoff: p.backoff}).
 		RunWithContext(logr.NewContext(ctx, discard))
 }
 
@@ -173,7 +164,7 @@ func (c *contact) firstSeen(now time.Time) time.Time {
 }
 
 func (p *Pods) followPods(ctx context.Context) {
-	p.reflect(ctx, "pods", metav1.NamespaceAll, p.nodeSelector(), &corev1.Pod{}, &store[*corev1.Pod, facts]{
+	p.reflect(ctx, &store[*corev1.Pod, facts]{
 		decode: podFacts,
 		changed: func(f facts) {
 			now := time.Now().Round(0)
@@ -206,44 +197,9 @@ func (p *Pods) followPods(ctx context.Context) {
 }
 
 func (p *Pods) followAccount(ctx context.Context, u *used) {
-	follow(ctx, p, "serviceaccounts", u, &corev1.ServiceAccount{}, accountFacts)
+	follow(ctx, p, "serviceaccounts", u, &corev1.ServiceAccountList{}, accountFacts)
 }
 
 func (p *Pods) followNamespace(ctx context.Context, u *used) {
-	follow(ctx, p, "namespaces", u, &corev1.Namespace{}, namespaceFacts)
-}
-
-// follow watches the one object that u stands for.
-func follow[O interface {
-	runtime.Object
-	metav1.Object
-}](ctx context.Context, p *Pods, resource string, u *used, of O, decode func(O) object) {
-	set := func(o object) { p.update(func(c *change) { p.seen(c, u, o) }) }
-	type named struct {
-		object
-		name, namespace string
-	}
-	ours := func(n named) bool { return n.name == u.name.Name && n.namespace == u.name.Namespace }
-	p.reflect(ctx, resource, u.name.Namespace, fields.OneTermEqualSelector(metav1.ObjectNameField, u.name.Name), of, &store[O, named]{
-		decode: func(o O) named { return named{decode(o), o.GetName(), o.GetNamespace()} },
-		changed: func(n named) {
-			if ours(n) {
-				set(n.object)
-			}
-		},
-		removed: func(n named) {
-			if ours(n) {
-				set(object{})
-			}
-		},
-		replaced: func(list []named) {
-			var now object
-			for _, n := range list {
-				if ours(n) {
-					now = n.object
-				}
-			}
-			set(now)
-		},
-	}, nil)
+	follow(ctx, p, "namespaces", u, &corev1.NamespaceList{}, namespaceFacts)
 }

@@ -1,0 +1,89 @@
+package pods
+
+import (
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/imdsgate/imdsgate/proxy"
+)
+
+// A full node opens hundreds of watches at once: a few at a time, so that they share connections.
+func TestWatchesAreOpenedAFewAtATime(t *testing.T) {
+	t.Parallel()
+	a := newAPIServer(t)
+	var (
+		mu            sync.Mutex
+		opening, most int
+	)
+	a.Close()
+	a.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Query().Get("watch") == "true" && !strings.HasSuffix(r.URL.Path, "/pods") {
+			mu.Lock()
+			opening++
+			most = max(most, opening)
+			mu.Unlock()
+			time.Sleep(2 * time.Millisecond) // as long as an API server takes: others come meanwhile
+			w = &firstWrite{ResponseWriter: w, first: func() { mu.Lock(); defer mu.Unlock(); opening-- }}
+		}
+		a.ServeHTTP(w, r)
+	}))
+	a.put(namespace("shop"))
+	for i := range 100 {
+		a.put(account(fmt.Sprint("sa", i)), podOf(fmt.Sprint("p", i), fmt.Sprint("sa", i), nil))
+	}
+	start(t, a, testPolicy()).synced(t)
+	mu.Lock()
+	defer mu.Unlock()
+	if most > 8 || most < 2 {
+		t.Errorf("%d watches were being opened at one time, want 2 to 8", most)
+	}
+}
+
+// firstWrite tells of the moment at which an answer begins.
+type firstWrite struct {
+	http.ResponseWriter
+	once  sync.Once
+	first func()
+}
+
+func (w *firstWrite) WriteHeader(code int) {
+	w.once.Do(w.first)
+	w.ResponseWriter.WriteHeader(code)
+}
+
+func (w *firstWrite) Write(b []byte) (int, error) {
+	w.once.Do(w.first)
+	return w.ResponseWriter.Write(b)
+}
+
+func (w *firstWrite) Flush() {
+	w.once.Do(w.first)
+	w.ResponseWriter.(http.Flusher).Flush()
+}
+
+// A stream that ends in order goes on where it ended: what happened meanwhile is seen, what did not change is not sent again.
+func TestStreamGoesOn(t *testing.T) {
+	t.Parallel()
+	a := newAPIServer(t)
+	shop(a)
+	a.put(podOf("a", "cart", []string{"10.0.0.1"}))
+	h := start(t, a, testPolicy()).synced(t)
+	time.Sleep(1100 * time.Millisecond) // one that ends sooner is taken for a failure, and begun anew
+	h.flush()
+	a.disconnect()
+	a.put(account("cart"))
+	h.until("the change", func() bool { return find(h.Pods, "10.0.0.1") == "a refused(0)" })
+	a.delete(account("cart"))
+	a.put(account("cart", proxy.AnnotationRoleARN, roleARN))
+	h.until("the account that was made again", func() bool { return find(h.Pods, "10.0.0.1") == "a as cart" })
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if n := a.opened["list serviceaccounts metadata.name=cart"]; n != 0 {
+		t.Errorf("%d lists", n)
+	}
+}
