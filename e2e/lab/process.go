@@ -74,6 +74,9 @@ func startProcess(name string, cmd *exec.Cmd, log *Log) (*process, error) {
 	return p, nil
 }
 
+// PID is the process's own, by which /proc knows it.
+func (p *process) PID() int { return p.cmd.Process.Pid }
+
 // signal sends sig unless the process has ended.
 func (p *process) signal(sig syscall.Signal) {
 	select {

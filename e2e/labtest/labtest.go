@@ -22,7 +22,7 @@ import (
 func Main(m *testing.M, use func(*lab.Lab)) int {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	l, err := lab.Start(ctx, lab.Options{Race: os.Getenv("LAB_RACE") != ""})
+	l, err := lab.Start(ctx, lab.Options{Race: os.Getenv("LAB_RACE") != "", Daemon: os.Getenv("LAB_DAEMON")})
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
