@@ -110,6 +110,9 @@ func (k *checker) run(ctx context.Context) error {
 		r.result("configuration", err, "")
 		return errFindings
 	}
+	if c.surveys() && name == "" {
+		return survey(ctx, c, k.w)
+	}
 	quiet := slog.New(slog.DiscardHandler)
 	k.policy = c.Policy
 	var issuerErr error

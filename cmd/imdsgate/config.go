@@ -121,7 +121,7 @@ func (c *Config) flags(hostIPs *[]string) *flag.FlagSet {
 	fs.StringVar(&c.LogFormat, "log-format", "json", "json or text")
 	fs.BoolVar(&c.Cleanup, "cleanup", false, "remove every rule of imdsgate, then exit: pods reach the node's own role again")
 	fs.BoolVar(&c.Check, "check", false, "validate configuration, permissions and rules, print findings, exit 0 or 1; with NAMESPACE/POD behind all flags: explain that pod's answer")
-	fs.BoolVar(&c.All, "all", false, "with -check: explain every pod of the node")
+	fs.BoolVar(&c.All, "all", false, "with -check: explain every pod of the node; without -node, what would become of every pod of the cluster")
 	fs.BoolVar(&c.GuardOnly, "guard-only", false, "install the guard, then exit: the first step of a node or of a pod, before anything else")
 	fs.BoolVar(&c.Probe, "probe", false, "ask the running instance whether it is ready (or, with health behind it, alive), exit 0 or 1")
 	fs.BoolVar(&c.Version, "version", false, "print the version, then exit")
@@ -214,10 +214,10 @@ func (c *Config) Validate() error {
 	if c.serving() && len(c.Args) > 0 {
 		fail("unexpected argument %q: flags are written -name=value or -name value", c.Args[0])
 	}
-	if c.Node == "" {
+	if c.Node == "" && !c.surveys() {
 		fail("no node name: set -node, or NODE_NAME from spec.nodeName of the DaemonSet's pods")
 	}
-	if len(c.HostIPs) == 0 {
+	if len(c.HostIPs) == 0 && !c.surveys() {
 		fail("no node address: set -host-ip, or HOST_IP from status.hostIP of the DaemonSet's pods")
 	}
 	for i, ip := range c.HostIPs {
@@ -270,6 +270,9 @@ func (c *Config) Validate() error {
 	policy := c.Policy
 	if policy.BaseRoleARN == "auto" {
 		policy.BaseRoleARN = ""
+	}
+	if c.surveys() {
+		policy.Node = "node"
 	}
 	if err := policy.Validate(); err != nil {
 		errs = append(errs, err)
