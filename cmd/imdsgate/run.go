@@ -264,6 +264,7 @@ func serve(ctx context.Context, c *Config, log *slog.Logger) error {
 	task(rest, "watch the pods", d.pods.Run)
 	task(rest, "issue credentials", d.cache.Run)
 	task(rest, "keep the rules", d.rules.Run)
+	task(rest, "keep memory small", d.keepSmall)
 	task(rest, "redirect", d.sendPodsHere(listeners, second))
 	task(rest, "check the node's name", d.untilDone("the node's name may be wrong", d.pods.NodeExists))
 	if c.StartupTaint != "" {
