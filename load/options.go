@@ -52,6 +52,12 @@ const (
 	maxDuration    = 24 * time.Hour
 )
 
+// Validate says what makes no sense.
+func (o Options) Validate() error {
+	_, err := o.complete()
+	return err
+}
+
 // complete fills in the defaults and refuses what makes no sense.
 func (o Options) complete() (Options, error) {
 	if !o.Endpoint.IsValid() {
