@@ -30,6 +30,10 @@ type conn struct {
 	wait   time.Duration // before its next request is read, because its source has used up its time
 	begun  bool          // something has been read
 
+	reads, writes deadline
+
+	perRead time.Duration // what every read is charged, which then waits; 0: requests are charged instead
+
 	off     bool
 	inHead  bool   // the request line has been seen
 	host    bool   // the head needs no Host, or has it
@@ -61,12 +65,12 @@ const unreadable = "\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: c
 func (c *conn) Write(p []byte) (int, error) {
 	first := bytes.IndexByte(p, '\r')
 	if first < 0 || !bytes.HasPrefix(p[first:], []byte(unreadable)) {
-		return c.Conn.Write(p)
+		return c.send(p)
 	}
 	body := p[first+len(unreadable):]
 	full := fmt.Appendf(nil, "%s\r\nServer: EC2ws\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s",
 		p[:first], len(body), body)
-	if _, err := c.Conn.Write(full); err != nil {
+	if _, err := c.send(full); err != nil {
 		return 0, err
 	}
 	return len(p), nil
@@ -77,9 +81,12 @@ func (c *conn) Read(p []byte) (int, error) {
 		c.begun = true
 		time.Sleep(c.wait) // as connState does later on
 	}
+	if c.perRead > 0 {
+		time.Sleep(c.source.charge(time.Now(), c.perRead))
+	}
 	if len(c.ready) == 0 {
 		c.ready = nil
-		n, err := c.Conn.Read(p)
+		n, err := c.receive(p)
 		if n == 0 || c.off {
 			return n, err
 		}

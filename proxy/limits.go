@@ -232,10 +232,25 @@ func boundBuffers(l net.Listener) error {
 	return errors.Join(err, set)
 }
 
-// listener closes at once what exceeds the limits, so that one pod's connections never keep another's from being accepted.
+// listener closes at once what exceeds the shares, so that one pod's connections never keep another's from being accepted.
 type listener struct {
 	net.Listener
-	server *Server
+	shares   *shares
+	accepted func(time.Time) // every connection, also one that is closed at once
+	refused  func()
+	plain    bool          // no Host is completed
+	perRead  time.Duration // charged for every read
+}
+
+// LimitListener shares max connections among the source IPs, at most maxPerIP each, as Serve does with those of its own
+// listeners, and lets a source read two hundred times a second: it is for an operator's port that pods can reach too. On a
+// loopback address only peers with such an address are accepted: a node that routes 127.0.0.0/8, as kube-proxy sets it,
+// takes packets of pods there.
+func LimitListener(l net.Listener, limit, limitPerIP int) net.Listener {
+	return &listener{
+		Listener: l, shares: newShares(limit, limitPerIP), accepted: func(time.Time) {}, refused: func() {},
+		plain: true, perRead: 5 * time.Millisecond,
+	}
 }
 
 func (l *listener) Accept() (net.Conn, error) {
@@ -245,10 +260,15 @@ func (l *listener) Accept() (net.Conn, error) {
 			return nil, err
 		}
 		now := time.Now()
-		l.server.accepted.Store(now.UnixNano())
-		c := &conn{Conn: tcp, shares: l.server.conns}
+		l.accepted(now)
+		c := &conn{Conn: tcp, shares: l.shares, off: l.plain, perRead: l.perRead}
 		c.served.Store(now.UnixNano())
-		ok, evicted := c.shares.acquire(c, addrOf(tcp.RemoteAddr()), now)
+		peer := addrOf(tcp.RemoteAddr())
+		if l.plain && addrOf(tcp.LocalAddr()).IsLoopback() && !peer.IsLoopback() {
+			l.refuse(tcp)
+			continue
+		}
+		ok, evicted := c.shares.acquire(c, peer, now)
 		if evicted != nil {
 			l.refuse(evicted.Conn)
 		}
@@ -264,7 +284,7 @@ func (l *listener) Accept() (net.Conn, error) {
 }
 
 func (l *listener) refuse(c net.Conn) {
-	l.server.metrics.denied[reasonConnections].Inc()
+	l.refused()
 	if tcp, ok := c.(*net.TCPConn); ok {
 		_ = tcp.SetLinger(0) // no TIME_WAIT for a flood
 	}

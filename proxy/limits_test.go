@@ -172,6 +172,64 @@ func TestConnectionsOfManyGreedy(t *testing.T) {
 	}
 }
 
+// An operator's port: a pod's connections and requests leave room for the next, and the loopback is for who is there.
+func TestLimitListener(t *testing.T) {
+	t.Parallel()
+	ln := listen(t)
+	hs := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "ok") })}
+	go func() { _ = hs.Serve(LimitListener(ln, 20, 10)) }()
+	t.Cleanup(func() { _ = hs.Close() })
+	ask := func(c net.Conn) error {
+		fmt.Fprint(c, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+		_, err := readReply(newReader(c), "GET")
+		return err
+	}
+	for _, greedy := range []string{"other", "denied"} {
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: podIPs[greedy].AsSlice()}}
+		for range 30 {
+			if c, err := d.Dial("tcp4", ln.Addr().String()); err == nil {
+				defer c.Close()
+			}
+		}
+	}
+	c := dial(t, ln.Addr().String(), podIPs["role"])
+	start, n := time.Now(), 0
+	for ; time.Since(start) < time.Second; n++ {
+		if err := ask(c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n < 10 || n > 300 {
+		t.Errorf("%d requests in a second", n)
+	}
+	if err := ask(dial(t, ln.Addr().String(), podIPs["special"])); err != nil {
+		t.Error(err)
+	}
+	fromAfar := &onceListener{Listener: ln, conn: &afar{newFed([]byte("GET / HTTP/1.1\r\n\r\n"), 1)}}
+	if c, err := LimitListener(fromAfar, 20, 10).Accept(); err == nil {
+		t.Errorf("a connection of %s is accepted on the loopback", c.RemoteAddr())
+	}
+}
+
+// afar is a connection of a pod with the loopback.
+type afar struct{ *fed }
+
+func (afar) RemoteAddr() net.Addr { return &net.TCPAddr{IP: net.IPv4(10, 244, 0, 2), Port: 1} }
+
+// onceListener accepts one connection, then fails.
+type onceListener struct {
+	net.Listener
+	conn net.Conn
+}
+
+func (l *onceListener) Accept() (net.Conn, error) {
+	c := l.conn
+	if l.conn = nil; c == nil {
+		return nil, net.ErrClosed
+	}
+	return c, nil
+}
+
 // A source is charged for what it does, waits for what it cannot pay, and owes nothing that is not its own.
 func TestCharge(t *testing.T) {
 	now := time.Now()

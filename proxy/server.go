@@ -154,7 +154,12 @@ func (s *Server) Serve(ctx context.Context, ln ...net.Listener) error {
 		if err := boundBuffers(l); err != nil {
 			s.log.Warn("the kernel's buffers of connections are not bounded", "error", err)
 		}
-		go func() { failed <- hs.Serve(&listener{Listener: l, server: s}) }()
+		go func() {
+			failed <- hs.Serve(&listener{
+				Listener: l, shares: s.conns, refused: s.metrics.denied[reasonConnections].Inc,
+				accepted: func(now time.Time) { s.accepted.Store(now.UnixNano()) },
+			})
+		}()
 	}
 	select {
 	case err := <-failed:

@@ -15,6 +15,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/imdsgate/imdsgate/proxy"
+
 	"github.com/imdsgate/imdsgate/cmd/imdsgate/page"
 )
 
@@ -37,6 +39,9 @@ func (d *daemon) serveOps(ctx context.Context, task func(context.Context, string
 	serve("probes", "unix", d.config.ProbeSocket, probes)
 }
 
+// More than anybody who may ask needs: a scrape, a few browsers.
+const opsConnections, opsConnectionsPerIP = 64, 16
+
 // serveHTTP serves until ctx is done. While the address is taken, by the instance that this one replaces, it tries again: the
 // port is not worth an exit, pods are served without it.
 func (d *daemon) serveHTTP(ctx context.Context, name, network, addr string, h http.Handler) error {
@@ -44,7 +49,10 @@ func (d *daemon) serveHTTP(ctx context.Context, name, network, addr string, h ht
 	if l == nil || err != nil {
 		return err
 	}
-	s := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, MaxHeaderBytes: 16 << 10}
+	if network == "tcp" { // pods reach the node's addresses too
+		l = proxy.LimitListener(l, opsConnections, opsConnectionsPerIP)
+	}
+	s := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: 75 * time.Second, MaxHeaderBytes: 16 << 10}
 	stopped := make(chan struct{})
 	defer context.AfterFunc(ctx, func() {
 		defer close(stopped)
@@ -94,7 +102,7 @@ func (d *daemon) bindOps(ctx context.Context, name, network, addr string) (net.L
 
 func (d *daemon) opsHandler() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(d.metrics, promhttp.HandlerOpts{Registry: d.metrics}))
+	mux.Handle("GET /metrics", promhttp.HandlerFor(d.metrics, promhttp.HandlerOpts{Registry: d.metrics, MaxRequestsInFlight: 3}))
 	mux.HandleFunc("GET /healthz", answer(d.healthy))
 	mux.HandleFunc("GET /readyz", answer(d.ready))
 	return mux
