@@ -38,11 +38,11 @@ const notRunning = "the daemon does not run"
 // SIGKILL.
 func TestFaultDaemonKilled(t *testing.T) {
 	f := shared.fault(t, "daemon killed", 2*time.Minute, []int{1})
-	pid, before := f.daemon(1), f.onNode(1, rules("iptables"))
+	pid, before := f.daemon(1), f.rulesOf(1, "iptables")
 	calls, err := f.Fabric.Calls(f.ctx, 0)
 	f.must(err)
 	f.strikes(1, fmt.Sprintf("kill -9 %d", pid))
-	if now := f.onNode(1, rules("iptables")); now != before {
+	if now := f.rulesOf(1, "iptables"); now != before {
 		t.Errorf("the rules have gone with the daemon: before\n%s\nnow\n%s", before, now)
 	}
 	f.quiet()

@@ -1,6 +1,9 @@
 package faults
 
 import (
+	"fmt"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 )
@@ -44,9 +47,15 @@ ip -6 rule del pref 0 to fd00:ec2::254 unreachable`},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			f := shared.fault(t, c.name, time.Minute, []int{c.node})
-			before := f.onNode(c.node, rules("iptables"))
+			before, repairs := f.rulesOf(c.node, "iptables"), f.repairs(c.node)
 			f.strikes(c.node, c.command)
 			f.restored(c.node, "iptables", before)
+			f.wait("a repair that is counted", func() error {
+				if n := f.repairs(c.node); n <= repairs {
+					return fmt.Errorf("the daemon has repaired %d times, before and after", n)
+				}
+				return nil
+			})
 			e := expect{whole: 2 * time.Second}
 			if c.name == "guard deleted" {
 				e.whole += 1500 * time.Millisecond // it takes that long to delete
@@ -62,10 +71,26 @@ ip -6 rule del pref 0 to fd00:ec2::254 unreachable`},
 	}
 }
 
+// repairs is how often the daemon of a node says that it has put rules right.
+func (f *fault) repairs(node int) (n int) {
+	f.Helper()
+	out := f.onNode(node, fmt.Sprintf("curl -sSf -m3 http://%s:9181/metrics", f.Node(node).IP()))
+	for _, what := range []string{"guard", "redirect"} {
+		_, after, ok := strings.Cut(out, fmt.Sprintf("\nimdsgate_repairs_total{what=%q} ", what))
+		text, _, _ := strings.Cut(after, "\n")
+		count, err := strconv.Atoi(text)
+		if !ok || err != nil {
+			f.Fatalf("no imdsgate_repairs_total of the %s: %v", what, err)
+		}
+		n += count
+	}
+	return n
+}
+
 // The lock of iptables, held by somebody. nft does not take it: nothing of ours waits.
 func TestFaultXtablesLockNFT(t *testing.T) {
 	f := shared.fault(t, "xtables lock held, nft", 2*time.Minute, []int{1})
-	before := f.onNode(1, rules("iptables"))
+	before := f.rulesOf(1, "iptables")
 	f.strikes(1, "flock -o /run/xtables.lock sleep 30 >/dev/null 2>&1 & sleep 0.2; iptables -t nat -F")
 	f.restored(1, "iptables", before)
 	f.done(expect{why: noRedirect, kinds: closed, whole: 3 * time.Second})
@@ -89,7 +114,7 @@ func TestFaultLegacy(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			f := shared.fault(t, c.name, 2*time.Minute, []int{1})
-			before := f.onNode(1, rules("iptables-legacy"))
+			before := f.rulesOf(1, "iptables-legacy")
 			f.strikes(1, c.command)
 			f.restored(1, "iptables-legacy", before)
 			f.done(expect{why: noRedirect, kinds: closed, whole: c.within})

@@ -153,6 +153,18 @@ func rules(iptables string) string {
 %[1]s -t nat -S PREROUTING | sed -n 2p; %[1]s -S INPUT | sed -n 2p; ip -4 rule; ip -6 rule`, iptables)
 }
 
+// rulesOf returns them, all in place.
+func (f *fault) rulesOf(node int, iptables string) string {
+	f.Helper()
+	now := f.onNode(node, rules(iptables))
+	for _, want := range []string{"-A PREROUTING -d 169.254.169.254/32", "-j DNAT --to-destination", "-A INPUT ", "to 169.254.169.254 unreachable", "to fd00:ec2::254 unreachable"} {
+		if !strings.Contains(now, want) {
+			f.Fatalf("node %d has no %q in\n%s", node, want, now)
+		}
+	}
+	return now
+}
+
 // restored waits until a node's rules are again what they were.
 func (f *fault) restored(node int, iptables, before string) {
 	f.Helper()

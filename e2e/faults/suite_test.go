@@ -47,12 +47,17 @@ func run(m *testing.M) int {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	defer cancel()
 	s, err := begin(ctx, say)
-	if s != nil && os.Getenv("FAULTS_KEEP") == "" { // for the next run, while one is at work on a single fault
+	if s != nil {
 		defer func() {
-			if err := s.Down(context.Background()); err != nil {
-				say("remove the cluster: %v", err)
+			var err error
+			if os.Getenv("FAULTS_KEEP") == "" {
+				err = s.Down(context.Background())
+			} else { // for the next run, while one is at work on a single fault
+				_, err = s.Kubectl(context.Background(), "delete", "namespace", namespace, "--ignore-not-found", "--timeout=60s")
 			}
-			say("the cluster is gone")
+			if err != nil {
+				say("clean up: %v", err)
+			}
 		}()
 	}
 	if err != nil {
