@@ -21,7 +21,13 @@ import (
 // shared is the lab of this package.
 var shared *lab.Lab
 
-func TestMain(m *testing.M) { os.Exit(labtest.Main(m, func(l *lab.Lab) { shared = l })) }
+// TestMain runs the tests or, in a process of a pod's, what attack says.
+func TestMain(m *testing.M) {
+	if kind := os.Getenv(attackVariable); kind != "" {
+		os.Exit(attackMain(kind))
+	}
+	os.Exit(labtest.Main(m, func(l *lab.Lab) { shared = l }))
+}
 
 const (
 	endpoint  = "169.254.169.254:80"
@@ -86,11 +92,16 @@ func (s *stage) own(ctx context.Context, p *lab.Pod) (err error) {
 }
 
 func (s *stage) ownNow(ctx context.Context, p *lab.Pod) error {
-	role, err := ask(ctx, p, http.MethodGet, list+"/", nil)
+	token, err := ask(ctx, p, http.MethodPut, "/latest/api/token", http.Header{"X-Aws-Ec2-Metadata-Token-Ttl-Seconds": {"21600"}})
 	if err != nil {
 		return err
 	}
-	body, err := ask(ctx, p, http.MethodGet, list+"/"+role, nil)
+	header := http.Header{"X-Aws-Ec2-Metadata-Token": {token}}
+	role, err := ask(ctx, p, http.MethodGet, list+"/", header)
+	if err != nil {
+		return err
+	}
+	body, err := ask(ctx, p, http.MethodGet, list+"/"+role, header)
 	if err != nil {
 		return err
 	}

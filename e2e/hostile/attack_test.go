@@ -1,0 +1,234 @@
+package hostile
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/imdsgate/imdsgate/e2e/lab"
+)
+
+// What a test tells the process that it starts in a pod.
+const (
+	attackVariable  = "HOSTILE_ATTACK"
+	machineVariable = "HOSTILE_MACHINE" // the network namespace that must not be the process's own
+)
+
+// attacks are loops, each on its own connection, that end when the process does.
+var attacks = map[string]struct {
+	connections int
+	loop        func(c net.Conn) error // once; an error ends the connection, and the next is opened
+}{
+	"connections": {2000, func(c net.Conn) error {
+		_, err := io.Copy(io.Discard, c)
+		time.Sleep(20 * time.Millisecond) // of each of the 2,000
+		return fmt.Errorf("closed: %w", err)
+	}},
+	"connect and close": {64, func(net.Conn) error { return io.EOF }},
+	"401 loop": {64, func(c net.Conn) error {
+		return exchange(c, "GET "+list+"/ HTTP/1.1\r\n"+host+session+"bad\r\n\r\n")
+	}},
+	"404 loop": {256, func(c net.Conn) error { return exchange(c, get("/latest/user-data")) }},
+	"PUT flood": {256, func(c net.Conn) error {
+		return exchange(c, "PUT /latest/api/token"+v1+host+ttl+"21600\r\nContent-Length: 0\r\n\r\n")
+	}},
+	"hits": {256, func(c net.Conn) error { return exchange(c, get(list+"/")) }},
+	"slow heads": {512, func(c net.Conn) error {
+		if _, err := io.WriteString(c, "GET / HTTP/1.1\r\nX: "); err != nil {
+			return err
+		}
+		for range 100 {
+			if _, err := io.WriteString(c, "x"); err != nil {
+				return err
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		return io.EOF
+	}},
+	"huge heads": {64, func(c net.Conn) error {
+		_, err := io.WriteString(c, "GET / HTTP/1.1\r\nX: "+strings.Repeat("x", 1<<20)+"\r\n\r\n")
+		return err
+	}},
+	"heads of 12 KiB that never end": {512, func(c net.Conn) error {
+		if _, err := io.WriteString(c, "GET / HTTP/1.1\r\nX: "+strings.Repeat("x", 12<<10)); err != nil {
+			return err
+		}
+		_, err := io.Copy(io.Discard, c)
+		return fmt.Errorf("closed: %w", err)
+	}},
+}
+
+func exchange(c net.Conn, request string) error {
+	if _, err := io.WriteString(c, request); err != nil {
+		return err
+	}
+	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if _, err := io.Copy(io.Discard, resp.Body); err != nil {
+		return err
+	}
+	if resp.Close {
+		return io.EOF
+	}
+	return nil
+}
+
+// attackMain is the process in the pod. It ends after a minute at the latest.
+func attackMain(kind string) int {
+	here, err := os.Readlink("/proc/self/ns/net")
+	if machine := os.Getenv(machineVariable); err != nil || machine == "" || here == machine {
+		fmt.Fprintln(os.Stderr, "not in a network namespace of the lab:", err)
+		return 1
+	}
+	if kind == "measure" {
+		measure()
+		return 0
+	}
+	a := attacks[kind]
+	time.AfterFunc(time.Minute, func() { os.Exit(0) })
+	var wg sync.WaitGroup
+	for range a.connections {
+		wg.Go(func() {
+			for {
+				c, err := (&net.Dialer{Timeout: 5 * time.Second}).Dial("tcp", endpoint)
+				if err != nil {
+					continue
+				}
+				for err == nil {
+					err = a.loop(c)
+				}
+				_ = c.Close()
+			}
+		})
+	}
+	wg.Wait()
+	return 1
+}
+
+// sample is one request of an innocent pod.
+type sample struct {
+	At   int64 // Unix nanoseconds
+	Took time.Duration
+	Err  string
+}
+
+// measure asks for the role list once a millisecond, every second time on a new connection, and writes down how that went. It
+// ends after a minute, or when nobody reads.
+func measure() {
+	out := json.NewEncoder(os.Stdout)
+	var kept net.Conn
+	tick := time.NewTicker(time.Millisecond)
+	end := time.Now().Add(time.Minute)
+	for n := 0; time.Now().Before(end); n++ {
+		<-tick.C
+		start := time.Now()
+		c, err := kept, error(nil)
+		if c == nil || n%2 == 0 {
+			c, err = net.DialTimeout("tcp", endpoint, 2*time.Second)
+		}
+		if err == nil {
+			_ = c.SetDeadline(time.Now().Add(2 * time.Second))
+			err = exchange(c, get(list+"/"))
+		}
+		m := sample{At: start.UnixNano(), Took: time.Since(start)}
+		if err != nil {
+			m.Err = err.Error()
+			if c == kept {
+				kept = nil
+			}
+		}
+		if kept == nil && err == nil {
+			kept = c
+		} else if c != nil && c != kept {
+			_ = c.Close()
+		}
+		if out.Encode(m) != nil {
+			return
+		}
+	}
+}
+
+// inPod is the process of this test binary in the pod.
+func inPod(ctx context.Context, t testing.TB, p *lab.Pod, kind string, nice int) *exec.Cmd {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	machine, err := os.Readlink("/proc/self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := p.Command(ctx, "nice", "-n", strconv.Itoa(nice), self)
+	cmd.Env = append(cmd.Env, attackVariable+"="+kind, machineVariable+"="+machine)
+	return cmd
+}
+
+// start begins an attack, which stop ends.
+func start(t testing.TB, p *lab.Pod, kind string) (cmd *exec.Cmd) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	cmd = inPod(ctx, t, p, kind, 19) // the weight of a BestEffort pod
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	if err := cmd.Start(); err != nil {
+		cancel()
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cancel()
+		if err := cmd.Wait(); cmd.ProcessState.ExitCode() >= 0 && err != nil {
+			t.Errorf("the attack ended by itself: %v %s", err, stderr.String())
+		}
+	})
+	return cmd
+}
+
+// pause stops the attack or lets it go on.
+func pause(t testing.TB, cmd *exec.Cmd, sig syscall.Signal) {
+	t.Helper()
+	if err := syscall.Kill(-cmd.Process.Pid, sig); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// watch lets an innocent pod measure until stop is called, which returns the samples.
+func watch(t testing.TB, p *lab.Pod) (stop func() []sample) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	t.Cleanup(cancel)
+	cmd := inPod(ctx, t, p, "measure", 0)
+	var out bytes.Buffer
+	cmd.Stdout = &out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	return func() (samples []sample) {
+		t.Helper()
+		cancel()
+		_ = cmd.Wait() // killed
+		for line := range bytes.Lines(out.Bytes()) {
+			var m sample
+			if json.Unmarshal(line, &m) == nil { // the last one may be cut off
+				samples = append(samples, m)
+			}
+		}
+		return samples
+	}
+}
