@@ -112,8 +112,8 @@ func (s *STS) assumeRoleHint(key cache.Key, message string) string {
 	if key.ExternalID != "" {
 		trust.Condition = map[string]map[string]string{"StringEquals": {"sts:ExternalId": "<the external ID of the annotation>"}}
 	}
-	return "see that the role exists and add to its trust policy: " + trust.String() + " (with the path of the principal, if it has one); " +
-		"if the role is in another account or trusts the whole account, the policy of " + who + " must allow it too"
+	return "see that the role exists and, if it is in another account or trusts the whole account, that the policy of " + who +
+		" allows it; add to its trust policy (with the path of the principal, if it has one): " + trust.String()
 }
 
 // principal is the ARN of who was refused in STS's text, "User: arn:aws:sts::123456789012:assumed-role/node/i-0 is not

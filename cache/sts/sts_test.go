@@ -435,7 +435,7 @@ func TestHints(t *testing.T) {
 		want          []string
 	}{
 		{"principal", false, key, 403, "AccessDenied", nodeMessage,
-			[]string{`trust policy: {"Effect":"Allow","Principal":{"AWS":"arn:aws:iam::111122223333:role/node-role"},"Action":"sts:AssumeRole"}`}},
+			[]string{`trust policy (with the path of the principal, if it has one): {"Effect":"Allow","Principal":{"AWS":"arn:aws:iam::111122223333:role/node-role"},"Action":"sts:AssumeRole"}`}},
 		{"tags", false, tagged, 403, "AccessDenied", strings.Replace(nodeMessage, "sts:AssumeRole", "sts:TagSession", 1),
 			[]string{`"Action":["sts:AssumeRole","sts:TagSession"]`, ":role/node-role"}},
 		{"external ID", false, external, 403, "AccessDenied", nodeMessage, []string{`"Condition":{"StringEquals":{"sts:ExternalId":"<the external ID of the annotation>"}}`}},

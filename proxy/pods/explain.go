@@ -218,10 +218,10 @@ func (p *Pods) explainDecision(e *Explanation, r *resident, c *proxy.Caller, ste
 		default:
 			e.Reason, mark = ReasonNoRole, Note
 		}
-		step(mark, "role", c.Refusal.Fix, "refused: %s", c.Refusal.Text)
+		step(mark, "role", c.Refusal.Fix, "%s", c.Refusal.Text)
 	}
 	if r.conflict != "" {
-		step(Note, "role", "", "note: %s", r.conflict)
+		step(Note, "role", "", "%s", r.conflict)
 	}
 }
 

@@ -113,7 +113,7 @@ func (p *Pod) status() Status {
 		return Refused
 	case p.Credentials == nil && problem: // nobody is served at its address
 		return Refused
-	case p.Credentials == nil && !p.Prefetch:
+	case !p.Prefetch && (p.Credentials == nil || p.Credentials.State == cache.Ready): // another pod's of its account
 		return Elsewhere
 	case p.Credentials == nil || p.Credentials.State == cache.Pending:
 		return Waiting
@@ -156,7 +156,7 @@ func (p *Pod) addCredentials(entry *cache.Entry, now time.Time) {
 	case entry.State == cache.Ready:
 		step(pods.OK, "", "issued %s ago, valid for %s more, refreshed in %s", Span(now.Sub(entry.Issued)), Span(left), Span(entry.NextIssue.Sub(now)))
 	case text != "":
-		step(pods.Bad, fix, "none: %s", text)
+		step(pods.Bad, fix, "%s", text)
 	default:
 		step(pods.Note, "", "none yet: STS is being asked")
 	}
@@ -220,9 +220,8 @@ func Span(d time.Duration) string {
 	case d < 10*time.Minute:
 		return two(int(d/time.Minute), "m", int(d%time.Minute/time.Second), "s")
 	case d < time.Hour:
-		return fmt.Sprintf("%dm", int(d.Round(time.Minute)/time.Minute))
+		return fmt.Sprintf("%dm", int(d/time.Minute))
 	case d < day:
-		d = d.Round(time.Minute)
 		return two(int(d/time.Hour), "h", int(d%time.Hour/time.Minute), "m")
 	}
 	return two(int(d/day), "d", int(d%day/time.Hour), "h")
