@@ -2,10 +2,10 @@
 #
 #     docker buildx build --platform linux/amd64,linux/arm64 -t REGISTRY/imdsgate:0.1.0 --push .
 #
-# Go compiles for the other architecture by itself; the Debian stages run in it (QEMU, or a builder of it).
+# No stage runs anything of another architecture than the builder's: neither QEMU nor a second builder is needed.
 # e2e/deploy/build-image.sh builds this file from local bases.
 ARG GO=golang:1.26
-# Any Debian or derivative. What it brings already is not installed.
+# Any Debian.
 ARG BASE=debian:bookworm-slim
 
 FROM --platform=$BUILDPLATFORM ${GO} AS build
@@ -16,16 +16,20 @@ COPY . .
 ARG TARGETARCH
 RUN CGO_ENABLED=0 GOARCH=$TARGETARCH go build -trimpath -ldflags="-s -w" -o /imdsgate ./cmd/imdsgate
 
-FROM ${BASE} AS debian
-RUN [ -e /usr/sbin/xtables-nft-multi ] && [ -e /etc/ssl/certs/ca-certificates.crt ] || \
-    { apt-get update && apt-get install -y --no-install-recommends iptables ca-certificates && rm -rf /var/lib/apt/lists/*; }
+# Debian's packages of the image's architecture. Nothing of them runs, so that any machine builds any of them. apt is told that
+# nothing is installed and fetches every dependency. Not when a mount has them.
+FROM --platform=$BUILDPLATFORM ${BASE} AS debian
+ARG TARGETARCH
+RUN [ -e /debs/ca-certificates_*.deb ] || { mkdir -p /debs/partial && cd /debs && : >/none && \
+      echo "APT::Architecture $TARGETARCH; APT::Architectures $TARGETARCH; Dir::State::status /none; Dir::Cache::archives /debs;" >/apt.conf && export APT_CONFIG=/apt.conf && \
+      apt-get update && apt-get install -y --no-install-recommends --download-only iptables && apt-get download ca-certificates; }
 
-# Both back ends, their extensions, what the loader resolves for these, itself included; CA certificates. No shell.
+# Both back ends of iptables, their extensions and libraries; CA certificates. No shell.
 FROM debian AS rootfs
-RUN set -eu; mkdir /rootfs; \
-    set -- /usr/sbin/xtables-nft-multi /usr/sbin/xtables-legacy-multi /usr/lib/*/xtables/*.so; \
-    ldd "$@" >/ldd; if grep 'not found' /ldd; then exit 1; fi; \
-    cp --parents -L "$@" $(grep -o '/[^ :]*\.so[^ :]* (0x' /ldd | cut -d' ' -f1 | sort -u) /etc/ssl/certs/ca-certificates.crt /rootfs
+RUN set -eu; mkdir -p /rootfs/usr/lib /rootfs/usr/lib64 /rootfs/etc/ssl/certs; cd /rootfs; ln -s usr/lib usr/lib64 .; \
+    for deb in /debs/*.deb; do dpkg-deb --fsys-tarfile "$deb" | tar -x --keep-directory-symlink; done; \
+    cat usr/share/ca-certificates/mozilla/*.crt >etc/ssl/certs/ca-certificates.crt; \
+    rm -r usr/share usr/bin usr/lib/*/gconv; find usr/sbin -mindepth 1 ! -name 'xtables-*-multi' -delete
 # Links of our own to the back ends: a wrapper that finds one by looking at the node's rules cannot keep its choice on a read-only
 # root file system. PATH decides: nft, or legacy (value iptables of the chart).
 RUN set -eu; for mode in nft legacy; do \

@@ -2,16 +2,20 @@
 # Builds the Dockerfile without a registry and without a daemon, and prints the path of the docker-archive:
 #
 #     e2e/deploy/build-image.sh          # ~/.cache/imdsgate-e2e/images/imdsgate.tar, test.local/imdsgate:dev
+#     e2e/deploy/build-image.sh arm64    # ~/.cache/imdsgate-e2e/images/imdsgate-arm64.tar
 #
-# Its bases are made here: for the build stage busybox with this machine's Go, module cache and build cache; for the image
-# Debian by mmdebstrap, and of that the Dockerfile's own stage with iptables, kept for the next build. Nothing happens while
-# nothing has changed. Needs root; installs what is missing.
+# Its bases are made here: for the build stage busybox with this machine's Go, module cache and build cache; for the other one Debian
+# by mmdebstrap. That and the packages are kept for the next build. Nothing happens while nothing has changed. Needs root;
+# installs what is missing.
 set -euo pipefail
 umask 022
 
 top=$(cd "$(dirname "$0")/../.." && pwd)
 images=${XDG_CACHE_HOME:-$HOME/.cache}/imdsgate-e2e/images
+native=$(go env GOHOSTARCH)
+arch=${1:-$native}
 out=$images/imdsgate.tar
+[[ $arch == "$native" ]] || out=$images/imdsgate-$arch.tar
 tag=test.local/imdsgate:dev
 mkdir -p "$images"
 exec 9>"$images/lock"
@@ -52,27 +56,24 @@ F
 
 bud() { buildah "${storage[@]}" bud --isolation chroot --pull-never --layers=false --quiet "$@" >&2; }
 
-# Kept for as long as the Dockerfile is the same.
+# Debian is kept, and its packages for as long as the Dockerfile is the same.
 suite=$(. /etc/os-release; echo "$VERSION_CODENAME")
-base=$images/base-$suite-$(sha256sum <"$top/Dockerfile" | cut -c1-16).tar
-if [[ -s $base ]]; then
-  buildah "${storage[@]}" pull --quiet "docker-archive:$base" >&2
-else
-  mkdir "$work/debian"
-  mmdebstrap --quiet --variant=apt --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
-    --dpkgopt='path-exclude=/usr/share/locale/*' "$suite" "$work/debian/base.tar" >&2
-  printf 'FROM scratch\nADD base.tar /\n' >"$work/debian/Dockerfile"
-  bud -t localhost/plain "$work/debian"
-  bud -t localhost/debian --target debian --build-arg BASE=localhost/plain --build-arg "TARGETARCH=$(go env GOARCH)" -f "$top/Dockerfile" "$work/debian"
+base=$images/base-$suite.tar
+debs=$images/debs-$suite-$arch-$(sha256sum <"$top/Dockerfile" | cut -c1-16)
+if [[ ! -s $base ]]; then
   rm -f "$images"/base-*.tar
-  buildah "${storage[@]}" push --quiet localhost/debian "docker-archive:$base.new:localhost/debian:latest" >&2
-  mv "$base.new" "$base"
+  mmdebstrap --quiet --variant=apt --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
+    --dpkgopt='path-exclude=/usr/share/locale/*' --customize-hook='rm -rf "$1"/var/lib/apt/lists/*' "$suite" "$work/base.tar" >&2
+  mv "$work/base.tar" "$base"
 fi
+[[ -d $debs ]] || { rm -rf "$images/debs-$suite-$arch-"*; mkdir "$debs"; }
+printf 'FROM scratch\nADD %s /\n' "${base##*/}" >"$work/debian.dockerfile"
+bud -t localhost/debian -f "$work/debian.dockerfile" "$images"
 
 bud -t localhost/go -f "$work/go.dockerfile" "$work/go"
 mkdir -p "$(go env GOMODCACHE)" "$(go env GOCACHE)"
-bud -t "$tag" --build-arg GO=localhost/go --build-arg BASE=localhost/debian --build-arg "TARGETARCH=$(go env GOARCH)" \
-  -v "$(go env GOROOT):/usr/local/go:ro" -v "$(go env GOMODCACHE):/go/pkg/mod" -v "$(go env GOCACHE):/go/cache" \
+bud -t "$tag" --platform "linux/$arch" --build-arg "BUILDPLATFORM=linux/$native" --build-arg GO=localhost/go --build-arg BASE=localhost/debian --build-arg "TARGETARCH=$arch" \
+  -v "$(go env GOROOT):/usr/local/go:ro" -v "$(go env GOMODCACHE):/go/pkg/mod" -v "$(go env GOCACHE):/go/cache" -v "$debs:/debs" \
   --env "GOPROXY=$(go env GOPROXY)" --unsetenv GOPROXY -f "$top/Dockerfile" "$top"
 rm -f "$out.new"
 buildah "${storage[@]}" push --quiet "$tag" "docker-archive:$out.new:$tag" >&2

@@ -21,7 +21,7 @@ import (
 const taint = "imdsgate.dev/not-ready"
 
 func TestLint(t *testing.T) {
-	if out, _, err := helm(t, append([]string{"lint", "--strict", chartDir}, image...)...); err != nil {
+	if out, _, err := helm(t, append([]string{"lint", "--strict", chartDir}, required...)...); err != nil {
 		t.Error(out)
 	}
 }
@@ -303,7 +303,7 @@ func TestRefusals(t *testing.T) {
 		{"iptables=auto", "/iptables"},
 	} {
 		t.Run(c.set, func(t *testing.T) {
-			_, stderr, err := helm(t, append(append([]string{"template", "imdsgate", chartDir}, image...), "--set", c.set)...)
+			_, stderr, err := helm(t, append(append([]string{"template", "imdsgate", chartDir}, required...), "--set", c.set)...)
 			if err == nil || !strings.Contains(stderr, c.want) {
 				t.Errorf("err = %v, want one that says %q:\n%s", err, c.want, stderr)
 			}
@@ -381,7 +381,7 @@ func TestNotes(t *testing.T) {
 		"run":     {"helm uninstall leaves the nodes closed", "--set mode=cleanup", "rollout status daemonset/imdsgate", "/imdsgate -check"},
 		"cleanup": {"rollout status daemonset/imdsgate", "helm -n kube-system uninstall imdsgate", "reaches the node's own role"},
 	} {
-		out, stderr, err := helm(t, append([]string{"install", "imdsgate", chartDir, "-n", "kube-system", "--dry-run=client", "--set", "mode=" + mode}, image...)...)
+		out, stderr, err := helm(t, append([]string{"install", "imdsgate", chartDir, "-n", "kube-system", "--dry-run=client", "--set", "mode=" + mode}, required...)...)
 		if err != nil {
 			t.Fatal(stderr)
 		}

@@ -7,11 +7,15 @@ import (
 	"debug/elf"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
+	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -21,65 +25,159 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// The Dockerfile's image, as built here: small, without a shell, and with both back ends of iptables, whole, where PATH says.
+// The Dockerfile's image for this machine and for the other architecture: small, without a shell, and with both back ends of
+// iptables, whole, where PATH says. QEMU runs the other one's programs; it has no netlink of nftables, so what talks to the
+// kernel is tried on this machine's own.
 func TestImage(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute)
-	defer cancel()
-	build := exec.CommandContext(ctx, "./build-image.sh")
-	build.Stderr = t.Output()
-	out, err := build.Output()
-	if err != nil {
-		t.Fatal(err)
+	for arch, machine := range map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AARCH64} {
+		t.Run(arch, func(t *testing.T) { testImage(t, arch, machine) })
 	}
-	root := t.TempDir()
-	config, size := unpack(t, strings.TrimSpace(string(out)), root)
+}
 
-	if diff := cmp.Diff(imageConfig{User: "0:0", Env: []string{"PATH=/iptables/nft:/usr/sbin:/usr/bin:/sbin:/bin"}, Entrypoint: []string{"/imdsgate"}}, config); diff != "" {
+func testImage(t *testing.T, arch string, machine elf.Machine) {
+	archive := script(t, "./build-image.sh", arch)
+	im := image{root: t.TempDir()}
+	config, size := im.unpack(t, archive)
+	native := arch == runtime.GOARCH
+	if !native {
+		qemu, err := os.ReadFile(script(t, "./qemu.sh", arch))
+		if err != nil {
+			t.Fatal(err)
+		}
+		im.qemu = "/qemu"
+		if err := os.WriteFile(filepath.Join(im.root, im.qemu), qemu, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+
+	want := imageConfig{Architecture: arch}
+	want.Config.User, want.Config.Env, want.Config.Entrypoint = "0:0", []string{"PATH=/iptables/nft:/usr/sbin:/usr/bin:/sbin:/bin"}, []string{"/imdsgate"}
+	if diff := cmp.Diff(want, config); diff != "" {
 		t.Errorf("configuration (-want +got):\n%s", diff)
 	}
 	const mb = 1 << 20
 	if size > 60*mb {
 		t.Errorf("the image is %d MB unpacked, want at most 60", size/mb)
 	}
-	binary, err := elf.Open(filepath.Join(root, "imdsgate"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer binary.Close()
-	if slices.ContainsFunc(binary.Progs, func(p *elf.Prog) bool { return p.Type == elf.PT_INTERP }) {
-		t.Error("imdsgate is not static")
-	}
-	for _, mode := range []string{"nft", "legacy"} {
+	im.checkPrograms(t, machine)
+
+	modes := map[string]string{"nft": "nf_tables", "legacy": "legacy"}
+	for mode, word := range modes {
 		for _, name := range []string{"iptables", "ip6tables"} {
 			for _, suffix := range []string{"", "-save", "-restore"} {
-				out := inside(t, root, "/iptables/"+mode+"/"+name+suffix, "--version")
-				if want := map[string]string{"nft": "nf_tables", "legacy": "legacy"}[mode]; !strings.Contains(out, want) || !strings.Contains(out, name) {
+				if mode == "nft" && suffix == "" && !native {
+					continue // asks the kernel first
+				}
+				out := im.run(t, "/iptables/"+mode+"/"+name+suffix, "--version")
+				if !strings.Contains(out, word) || !strings.Contains(out, name+suffix) {
 					t.Errorf("%s%s of %s is %q", name, suffix, mode, out)
 				}
 			}
 		}
 	}
 	// A rule of the daemon's kind: protocol, match and target are extensions, which the program loads.
-	for _, mode := range []string{"nft", "legacy"} {
+	if native {
 		for name, to := range map[string][2]string{"iptables": {"169.254.169.254", "192.0.2.1:8254"}, "ip6tables": {"fd00:ec2::254", "[2001:db8::1]:8254"}} {
-			inside(t, root, "/iptables/"+mode+"/"+name, "-t", "nat", "-A", "PREROUTING", "-d", to[0], "-p", "tcp", "--dport", "80", "-m", "addrtype", "!", "--src-type", "LOCAL", "-m", "comment", "--comment", "test", "-j", "DNAT", "--to-destination", to[1])
+			for mode := range modes {
+				im.run(t, "/iptables/"+mode+"/"+name, "-t", "nat", "-A", "PREROUTING", "-d", to[0], "-p", "tcp", "--dport", "80", "-m", "addrtype", "!", "--src-type", "LOCAL", "-m", "comment", "--comment", "test", "-j", "DNAT", "--to-destination", to[1])
+			}
+		}
+	} else {
+		help := im.run(t, "/iptables/legacy/iptables", "-p", "tcp", "-m", "tcp", "-m", "addrtype", "-m", "comment", "-j", "DNAT", "--help")
+		for _, option := range []string{"--dport", "--src-type", "--comment", "--to-destination"} {
+			if !strings.Contains(help, option) {
+				t.Errorf("iptables does not know %s:\n%s", option, help)
+			}
 		}
 	}
-	if certs, err := os.ReadFile(filepath.Join(root, "etc/ssl/certs/ca-certificates.crt")); err != nil || !x509.NewCertPool().AppendCertsFromPEM(certs) {
+	if certs, err := os.ReadFile(filepath.Join(im.root, "etc/ssl/certs/ca-certificates.crt")); err != nil || !x509.NewCertPool().AppendCertsFromPEM(certs) {
 		t.Errorf("no authorities to check STS with: %v", err)
 	}
-	if out := inside(t, root, "/imdsgate", "-version"); !strings.HasPrefix(out, "imdsgate ") {
+	if out := im.run(t, "/imdsgate", "-version"); !strings.HasPrefix(out, "imdsgate ") {
 		t.Errorf("-version says %q", out)
 	}
 }
 
-type imageConfig struct {
-	User            string
-	Env, Entrypoint []string
+// script runs one and returns what it prints.
+func script(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Stderr = t.Output()
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.TrimSpace(string(out))
 }
 
-// unpack reads a docker-archive into a directory and returns the image's configuration and its unpacked size.
-func unpack(t *testing.T, archive, root string) (imageConfig, int64) {
+// image is one that is unpacked in the directory root.
+type image struct {
+	root string
+	qemu string // in it, for another architecture
+}
+
+// checkPrograms looks at every file that may be run or loaded: it is of the machine, and the libraries that it names are there.
+// Only iptables is linked to any.
+func (im image) checkPrograms(t *testing.T, machine elf.Machine) {
+	t.Helper()
+	needed, found := map[string][]string{}, map[string]bool{}
+	err := filepath.WalkDir(im.root, func(name string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		found[d.Name()] = true
+		if !d.Type().IsRegular() || name == filepath.Join(im.root, im.qemu) {
+			return nil
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		if info.Mode()&0o111 == 0 && !strings.Contains(d.Name(), ".so") {
+			return nil
+		}
+		f, err := elf.Open(name)
+		if err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		defer f.Close()
+		if f.Machine != machine {
+			t.Errorf("%s is for %s, want %s", name, f.Machine, machine)
+		}
+		libraries, err := f.ImportedLibraries()
+		for _, library := range libraries {
+			needed[library] = append(needed[library], name)
+		}
+		if linked := slices.ContainsFunc(f.Progs, func(p *elf.Prog) bool { return p.Type == elf.PT_INTERP }); linked && d.Name() == "imdsgate" {
+			t.Error("imdsgate is not static")
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	if len(needed) < 5 {
+		t.Errorf("the programs need %v", slices.Collect(maps.Keys(needed)))
+	}
+	for library, users := range needed {
+		if !found[library] {
+			t.Errorf("%s needs %s, which is missing", users[0], library)
+		}
+	}
+}
+
+type imageConfig struct {
+	Architecture string
+	Config       struct {
+		User            string
+		Env, Entrypoint []string
+	}
+}
+
+// unpack reads a docker-archive into the directory and returns the image's configuration and its unpacked size.
+func (im image) unpack(t *testing.T, archive string) (imageConfig, int64) {
 	t.Helper()
 	var manifest []struct {
 		Config   string
@@ -92,11 +190,11 @@ func unpack(t *testing.T, archive, root string) (imageConfig, int64) {
 	if len(manifest) != 1 || !slices.Equal(manifest[0].RepoTags, []string{"test.local/imdsgate:dev"}) {
 		t.Fatalf("manifest: %+v", manifest)
 	}
-	var config struct{ Config imageConfig }
+	var config imageConfig
 	if err := json.Unmarshal(member(t, archive, manifest[0].Config), &config); err != nil {
 		t.Fatal(err)
 	}
-	dir, err := os.OpenRoot(root)
+	dir, err := os.OpenRoot(im.root)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -127,7 +225,7 @@ func unpack(t *testing.T, archive, root string) (imageConfig, int64) {
 			}
 		})
 	}
-	return config.Config, size
+	return config, size
 }
 
 // member reads one file of an archive.
@@ -165,12 +263,15 @@ func each(t *testing.T, archive io.Reader, do func(*tar.Header, io.Reader)) {
 	}
 }
 
-// inside runs a program of the image with the image as its root, and a network namespace of its own.
-func inside(t *testing.T, root, name string, args ...string) string {
+// run runs a program of the image with the image as its root, and a network namespace of its own.
+func (im image) run(t *testing.T, name string, args ...string) string {
 	t.Helper()
+	if im.qemu != "" {
+		name, args = im.qemu, append([]string{"-0", path.Base(name), name}, args...)
+	}
 	cmd := exec.CommandContext(t.Context(), name, args...)
 	cmd.Dir, cmd.Env = "/", []string{"PATH=/iptables/nft:/usr/sbin", "XTABLES_LOCKFILE=/lock"}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root, Cloneflags: syscall.CLONE_NEWNET}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: im.root, Cloneflags: syscall.CLONE_NEWNET}
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		t.Errorf("%s %v: %v: %s", name, args, err, out)

@@ -34,8 +34,8 @@ const (
 	chartDir  = deployDir + "/chart"
 )
 
-// image satisfies what the chart requires.
-var image = []string{"--set", "image.repository=imdsgate"}
+// required satisfies what the chart requires.
+var required = []string{"--set", "image.repository=imdsgate"}
 
 func helm(t testing.TB, args ...string) (stdout, stderr string, err error) {
 	t.Helper()
@@ -62,7 +62,7 @@ type objects []*unstructured.Unstructured
 
 func template(t testing.TB, namespace string, args ...string) (string, objects) {
 	t.Helper()
-	out, stderr, err := helm(t, append(append([]string{"template", "imdsgate", chartDir, "-n", namespace}, image...), args...)...)
+	out, stderr, err := helm(t, append(append([]string{"template", "imdsgate", chartDir, "-n", namespace}, required...), args...)...)
 	if err != nil {
 		t.Fatalf("helm template %v: %v\n%s", args, err, stderr)
 	}
