@@ -3,11 +3,22 @@
 //
 // # Threat model
 //
-// Any pod of the node can open connections to this port and send any bytes. It must get its own role's credentials or
-// nothing: never another pod's, never the node's, and nothing of the real endpoint that the table does not name. It must
-// not be able to slow down, starve or crash the endpoint for others. An application that can be talked into sending
-// requests (SSRF, DNS rebinding, an open forward proxy) is no better than a stranger: hence Host, session tokens and
-// X-Forwarded-For are checked. Who controls the node's network stack, or shares a pod's, is out of reach.
+// SECURITY.md has the whole: assets, trust, attackers, each attack with its test, and what is not defended. Of that, here:
+//
+//   - To be protected: the node's role, behind the real endpoint; each pod's role from every other pod; the answers
+//     themselves, on which all of the node's pods depend.
+//   - Trusted: that the kernel tells the true peer of a TCP connection and admits only those that were redirected here
+//     (package iptables), and that the CallerFinder knows whose address that is (package pods).
+//   - A pod may send any bytes, on any number of connections, at any speed. It gets its own role's credentials or nothing:
+//     never another pod's, never the node's, and nothing of the real endpoint that the table does not name. It cannot slow
+//     down, starve or crash the endpoint for others. (TestHostileRequests, TestHostileLoad, TestHostileMemory, all of e2e)
+//   - A pod's author may write anything into its annotations: Policy is total, and what it refuses is that pod's alone.
+//     (FuzzAuthorize, FuzzRoleARN, FuzzPattern)
+//   - An application that can be talked into sending requests (SSRF, DNS rebinding, an open forward proxy) is no better than
+//     a stranger: hence Host, session tokens and X-Forwarded-For are checked. With IMDSv1 on, which is the default as it is for
+//     the real endpoint, a plain GET still gets the pod's own credentials. (TestConformance, TestHostileApplication of e2e)
+//   - Not defended: who controls the node's network stack, or shares a pod's; pods of one service account on one node share
+//     its session.
 //
 // # A request
 //

@@ -85,7 +85,7 @@ func TestDocsLinks(t *testing.T) {
 	}
 }
 
-// TestDocsNames: make targets, flags, flags in the chart's values, and metrics.
+// TestDocsNames: make targets, flags of every program here, flags in the chart's values, and metrics.
 func TestDocsNames(t *testing.T) {
 	makefile, err := os.ReadFile(filepath.Join(repository, "Makefile"))
 	if err != nil {
@@ -112,7 +112,8 @@ func TestDocsNames(t *testing.T) {
 	})
 	var c Config
 	var ips []string
-	flags := c.flags(&ips)
+	own := c.flags(&ips)
+	others := flagsOfPrograms(t)
 
 	target := regexp.MustCompile(`(?:^|[;&|] ?)make((?: [a-z][a-z-]*)+)`)
 	option := regexp.MustCompile(`^(?:.*\bimdsgate )?-([a-z][a-z0-9-]+)`)
@@ -131,10 +132,10 @@ func TestDocsNames(t *testing.T) {
 				}
 			}
 			if m := option.FindStringSubmatch(code); m != nil {
-				known("flag", m[1], flags.Lookup(m[1]) != nil)
+				known("flag", m[1], own.Lookup(m[1]) != nil || others[m[1]])
 			}
 			for _, m := range value.FindAllStringSubmatch(code, -1) {
-				known("flag", m[1], flags.Lookup(m[1]) != nil)
+				known("flag", m[1], own.Lookup(m[1]) != nil)
 			}
 		}
 		for _, name := range metric.FindAllString(text, -1) {
@@ -145,9 +146,37 @@ func TestDocsNames(t *testing.T) {
 			known("metric", name, metrics[name] || metrics[family])
 		}
 	}
-	if len(targets) < 10 || len(metrics) < 10 || flags.Lookup("node") == nil {
+	if len(targets) < 10 || len(metrics) < 10 || own.Lookup("node") == nil {
 		t.Fatalf("%d targets, %d metrics: the source was not read", len(targets), len(metrics))
 	}
+}
+
+// flagsOfPrograms are those that the other programs of both modules define.
+func flagsOfPrograms(t *testing.T) map[string]bool {
+	t.Helper()
+	define := regexp.MustCompile(`^(Bool|Duration|Float64|Func|Int|String|Uint)$|^(Bool|Duration|Float64|Int|String|Text|Uint)?Var$`)
+	names := map[string]bool{}
+	source(t, parser.SkipObjectResolution, func(_ string, f *ast.File) {
+		if f.Name.Name != "main" {
+			return
+		}
+		ast.Inspect(f, func(n ast.Node) bool {
+			call, ok := n.(*ast.CallExpr)
+			if !ok {
+				return true
+			}
+			if sel, ok := call.Fun.(*ast.SelectorExpr); ok && define.MatchString(sel.Sel.Name) {
+				for _, arg := range call.Args[:min(2, len(call.Args))] { // the name, behind the variable if there is one
+					if l, ok := arg.(*ast.BasicLit); ok && l.Kind == token.STRING {
+						names[strings.Trim(l.Value, `"`)] = true
+						break
+					}
+				}
+			}
+			return true
+		})
+	})
+	return names
 }
 
 // documents are the Markdown files by their path from the root.
