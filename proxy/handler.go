@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/imdsgate/imdsgate/cache"
@@ -308,25 +309,27 @@ func (q request) credentialsFailed(c *Caller, err error) answer {
 // headerValues are ready values of headers; net/http does not write to them.
 type headerValues struct {
 	server, plain, close, retry, allowGet, allowPut []string
-	lengths                                         []string // decimal numbers
+	lengths                                         [8 << 10]atomic.Pointer[[1]string] // decimal numbers, once they have been needed
 }
 
 func newHeaderValues() *headerValues {
-	v := &headerValues{
+	return &headerValues{
 		server: []string{"EC2ws"}, plain: []string{"text/plain"}, close: []string{"close"}, retry: []string{"1"},
-		allowGet: []string{get}, allowPut: []string{put}, lengths: make([]string, 8<<10),
+		allowGet: []string{get}, allowPut: []string{put},
 	}
-	for n := range v.lengths {
-		v.lengths[n] = strconv.Itoa(n)
-	}
-	return v
 }
 
+// length is kept for the few lengths that answers have: all of them would be 8,192 objects for each collection to look at.
 func (v *headerValues) length(n int) []string {
-	if n < len(v.lengths) {
-		return v.lengths[n : n+1 : n+1]
+	if n >= len(v.lengths) {
+		return []string{strconv.Itoa(n)}
 	}
-	return []string{strconv.Itoa(n)}
+	ready := v.lengths[n].Load()
+	if ready == nil {
+		ready = &[1]string{strconv.Itoa(n)}
+		v.lengths[n].Store(ready)
+	}
+	return ready[:]
 }
 
 func (s *Server) write(w http.ResponseWriter, r *http.Request, rt *route, a answer) int {
