@@ -77,23 +77,31 @@ netns() { # NAME: its file, if it is one of ours and not the machine's
 in_cp() { local ns; ns=$(netns $CP); nsenter --net="$ns" -- "$@"; }
 kubectl() { "$BIN/kubectl" --kubeconfig "$RUN/kubeconfig" "$@"; }
 
+# Valid from yesterday on, as the clock of a node may be behind: openssl req and x509 cannot do that before version 3.4.
+sign() { # FILE, without .csr and .crt, EXTENSIONS ARGS...
+  local f=$1 ext=$2 d=$1.tmp; shift 2
+  rm -rf "$d"; mkdir "$d"; : >"$d/index"
+  printf '%s\n' "$ext" >"$d/ext"
+  printf '%s\n' '[ca]' default_ca=d '[d]' "database=$d/index" "new_certs_dir=$d" "serial=$d/serial" policy=p '[p]' organizationName=optional commonName=supplied >"$d/config"
+  openssl ca -batch -notext -md sha256 -rand_serial -preserveDN -startdate "$(date -u -d yesterday +%Y%m%d%H%M%SZ)" -days 3650 -config "$d/config" \
+    -in "$f.csr" -out "$f.crt" -extfile "$d/ext" "$@" 2>/dev/null
+  rm -rf "$d" "$f.csr"
+}
+request() { # FILE SUBJECT
+  openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -sha256 -keyout "$1.key" -out "$1.csr" -subj "$2" 2>/dev/null
+}
 mkca() { # NAME CN [DIR]
-  local d=${3:-$PKI}
-  [ -s "$d/$1.crt" ] || openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -sha256 -days 3650 \
-    -keyout "$d/$1.key" -out "$d/$1.crt" -subj "/CN=$2" -addext basicConstraints=critical,CA:TRUE \
-    -addext keyUsage=critical,keyCertSign,cRLSign,digitalSignature 2>/dev/null
+  local f=${3:-$PKI}/$1
+  [ ! -s "$f.crt" ] || return 0
+  request "$f" "/CN=$2"
+  sign "$f" $'basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign,digitalSignature\nsubjectKeyIdentifier=hash' -selfsign -keyfile "$f.key"
 }
 mkcert() { # NAME SUBJECT serverAuth|clientAuth [SANS [CA, without .crt]]
-  local ca=${5:-$PKI/ca}
-  [ -s "$PKI/$1.crt" ] && return
-  openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -sha256 -keyout "$PKI/$1.key" -out "$PKI/$1.csr" -subj "$2" 2>/dev/null
-  {
-    echo "basicConstraints=CA:FALSE"; echo "keyUsage=critical,digitalSignature"; echo "extendedKeyUsage=$3"
-    [ -z "${4:-}" ] || echo "subjectAltName=$4"
-  } >"$PKI/$1.ext"
-  openssl x509 -req -in "$PKI/$1.csr" -CA "$ca.crt" -CAkey "$ca.key" -set_serial "0x$(openssl rand -hex 8)" -days 3650 -sha256 \
-    -extfile "$PKI/$1.ext" -out "$PKI/$1.crt" 2>/dev/null
-  rm -f "$PKI/$1.csr" "$PKI/$1.ext"
+  local f=$PKI/$1 ca=${5:-$PKI/ca} ext=$'basicConstraints=CA:FALSE\nkeyUsage=critical,digitalSignature\nextendedKeyUsage='$3
+  [ ! -s "$f.crt" ] || return 0
+  [ -z "${4:-}" ] || ext+=$'\nsubjectAltName='$4
+  request "$f" "$2"
+  sign "$f" "$ext" -cert "$ca.crt" -keyfile "$ca.key"
 }
 mkkubeconfig() { # FILE NAME [SERVER]: for the client certificate NAME
   cat >"$1" <<K
