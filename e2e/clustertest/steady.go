@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -102,7 +103,7 @@ func (s *Steady) Results() ([]sequence.Result, error) {
 	if err := s.read(); err != nil {
 		return nil, fmt.Errorf("answers of %s/%s: %w", s.Namespace, s.Name, err)
 	}
-	return s.results[:len(s.results):len(s.results)], nil
+	return slices.Clip(s.results), nil
 }
 
 // read reads on where it was, up to the last whole line.
