@@ -15,9 +15,9 @@ var both = []int{1, 2}
 
 // STS fails in every way. Who has credentials keeps them; who is new is told 503 until STS is well, and never anything else.
 func TestFaultSTS(t *testing.T) {
-	lasts := 8 * time.Second
+	lasts := 12 * time.Second
 	if shared.long {
-		lasts = 40 * time.Second
+		lasts = 15 * time.Second
 	}
 	for _, c := range []struct {
 		name  string
