@@ -134,20 +134,7 @@ func (s *Server) Handler() http.Handler { return http.HandlerFunc(s.serve) }
 // every client to close, and finishes what is under way. Serve closes the listeners. An error means that one of them
 // failed; then nothing is drained.
 func (s *Server) Serve(ctx context.Context, ln ...net.Listener) error {
-	protocols := new(http.Protocols)
-	protocols.SetHTTP1(true)
-	hs := &http.Server{
-		Handler:                      s.Handler(),
-		DisableGeneralOptionsHandler: true,
-		ReadHeaderTimeout:            readHeaderTimeout,
-		WriteTimeout:                 writeTimeout,
-		IdleTimeout:                  idleTimeout,
-		MaxHeaderBytes:               maxHeaderBytes - netHTTPSlop,
-		ErrorLog:                     log.New(errorLog{s}, "", 0),
-		ConnContext:                  withPeer,
-		ConnState:                    connState,
-		Protocols:                    protocols,
-	}
+	hs := s.httpServer()
 	defer hs.Close()
 	failed := make(chan error, len(ln))
 	for _, l := range ln {
@@ -168,6 +155,23 @@ func (s *Server) Serve(ctx context.Context, ln ...net.Listener) error {
 	}
 	s.drain(context.WithoutCancel(ctx), hs)
 	return nil
+}
+
+func (s *Server) httpServer() *http.Server {
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	return &http.Server{
+		Handler:                      s.Handler(),
+		DisableGeneralOptionsHandler: true,
+		ReadHeaderTimeout:            readHeaderTimeout,
+		WriteTimeout:                 writeTimeout,
+		IdleTimeout:                  idleTimeout,
+		MaxHeaderBytes:               maxHeaderBytes - netHTTPSlop,
+		ErrorLog:                     log.New(errorLog{s}, "", 0),
+		ConnContext:                  withPeer,
+		ConnState:                    connState,
+		Protocols:                    protocols,
+	}
 }
 
 // drain does not use http.Server.SetKeepAlivesEnabled or an early Shutdown: both cut off clients that are just about to
