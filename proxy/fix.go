@@ -75,11 +75,11 @@ func (p *Policy) noRole(s Subject, a annotated) *Refusal {
 			continue
 		}
 		r.Misplaced = true
-		where := "on a pod it has no effect"
+		text := "; annotation %s of pod %s/%s has no effect, it belongs on the service account"
 		if name == AnnotationPodRole {
-			where = "counts with -pod-annotations alone"
+			text = "; annotation %s of pod %s/%s counts with -pod-annotations alone"
 		}
-		r.Text += fmt.Sprintf("; the %s annotation of pod %s/%s %s", name, s.Pod.Namespace, s.Pod.Name, where)
+		r.Text += fmt.Sprintf(text, name, s.Pod.Namespace, s.Pod.Name)
 		if arn, err := completeRole(p.BaseRoleARN, value); err == nil {
 			role = arn.String()
 		}

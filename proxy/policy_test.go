@@ -143,7 +143,7 @@ func TestAuthorizeRefuses(t *testing.T) {
 		{name: "no role", want: Refusal{Kind: NoRole, Event: EventNoRole, Text: "service account shop/cart has no eks.amazonaws.com/role-arn annotation"}},
 		{name: "no role, pod annotations ignored", pod: map[string]string{AnnotationPodRole: testARN},
 			want: Refusal{Kind: NoRole, Event: EventNoRole, Text: "service account shop/cart has no eks.amazonaws.com/role-arn annotation" +
-				"; the iam.amazonaws.com/role annotation of pod shop/cart-7 counts with -pod-annotations alone"}},
+				"; annotation iam.amazonaws.com/role of pod shop/cart-7 counts with -pod-annotations alone"}},
 		{name: "no role anywhere", policy: podAnnotations, want: Refusal{Kind: NoRole, Event: EventNoRole,
 			Text: "service account shop/cart has no eks.amazonaws.com/role-arn annotation, and pod shop/cart-7 has no iam.amazonaws.com/role annotation"}},
 		{name: "no service account", subject: func(s *Subject) { s.ServiceAccountAbsent = true }, want: Refusal{Kind: NoRole, Event: EventNoRole,

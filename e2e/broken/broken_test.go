@@ -1,0 +1,370 @@
+// Package broken_test breaks set-ups in the ways that people break them, and asks what each of them hears: the pod by its
+// answer and its Events, the operator by the status page, its JSON and -check. docs/diagnosis.md is made of the same table.
+package broken_test
+
+import (
+	"context"
+	"encoding/json"
+	"html"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/imdsgate/imdsgate/e2e/aws"
+	"github.com/imdsgate/imdsgate/e2e/lab"
+	"github.com/imdsgate/imdsgate/e2e/labtest"
+)
+
+var shared *lab.Lab
+
+func TestMain(m *testing.M) { os.Exit(labtest.Main(m, func(l *lab.Lab) { shared = l })) }
+
+const (
+	roleAnnotation = "eks.amazonaws.com/role-arn"
+	allowed        = "iam.amazonaws.com/allowed-roles"
+	permitted      = "iam.amazonaws.com/permitted"
+	base           = "arn:aws:iam::" + lab.Account + ":role/"
+	cart           = base + "cart"
+	roleList       = "/latest/meta-data/iam/security-credentials/"
+)
+
+// broken is one way to get nothing. In its texts the namespace is called shop, the service account cart and the pod cart-1.
+type broken struct {
+	name    string
+	issuer  string // of the daemon; empty: assume-role
+	symptom string // for the docs
+
+	namespace map[string]string // annotations
+	account   map[string]string
+	pod       map[string]string
+	role      *aws.Role       // beside cart, which trusts as it should
+	prepare   func(*lab.Node) // before the pod is bound
+	twin      bool            // a second pod has its IP
+
+	status int    // of the answer
+	event  string // its reason
+	state  string // on the page
+	says   string // in Event, answer, page, JSON and -check alike
+	fix    string // the same
+	told   string // in the Event and the answer, where they may say less than the page; empty: says
+}
+
+var permits = map[string]string{allowed: `["` + base + `*"]`}
+
+var table = []broken{
+	{
+		name: "no annotation", symptom: "nothing names a role", namespace: permits,
+		status: 404, event: "NoRole", state: "no role",
+		says: "service account shop/cart has no eks.amazonaws.com/role-arn annotation",
+		fix:  "kubectl annotate serviceaccount -n shop cart eks.amazonaws.com/role-arn=arn:aws:iam::ACCOUNT:role/ROLE",
+	},
+	{
+		name: "role on the pod", symptom: "the annotation is on the pod instead of the service account", namespace: permits,
+		pod:    map[string]string{roleAnnotation: cart},
+		status: 404, event: "NoRole", state: "refused",
+		says: "annotation eks.amazonaws.com/role-arn of pod shop/cart-1 has no effect, it belongs on the service account",
+		fix:  "kubectl annotate serviceaccount -n shop cart eks.amazonaws.com/role-arn=" + cart,
+	},
+	{
+		name: "kube2iam's annotation", symptom: "kube2iam's or kiam's pod annotation, without -pod-annotations", namespace: permits,
+		pod:    map[string]string{"iam.amazonaws.com/role": cart},
+		status: 404, event: "NoRole", state: "refused",
+		says: "annotation iam.amazonaws.com/role of pod shop/cart-1 counts with -pod-annotations alone",
+		fix:  "kubectl annotate serviceaccount -n shop cart eks.amazonaws.com/role-arn=" + cart,
+	},
+	{
+		name: "namespace", symptom: "the namespace permits nothing", account: map[string]string{roleAnnotation: cart},
+		status: 403, event: "RoleDenied", state: "refused",
+		says: "namespace shop does not permit role " + cart + ": it permits none, it has no iam.amazonaws.com/allowed-roles annotation",
+		fix:  `kubectl annotate namespace shop iam.amazonaws.com/allowed-roles='["` + cart + `"]'`,
+	},
+	{
+		name: "other roles", symptom: "the namespace permits other roles", account: map[string]string{roleAnnotation: cart},
+		namespace: map[string]string{allowed: `["` + base + `web-*"]`},
+		status:    403, event: "RoleDenied", state: "refused",
+		says: "no pattern of its iam.amazonaws.com/allowed-roles annotation matches",
+		fix:  `kubectl annotate namespace shop iam.amazonaws.com/allowed-roles='["` + base + `web-*","` + cart + `"]' --overwrite`,
+	},
+	{
+		name: "not anchored", symptom: "a regular expression that matches a part of the ARN", account: map[string]string{roleAnnotation: cart},
+		namespace: map[string]string{permitted: "role/ca"},
+		status:    403, event: "RoleDenied", state: "refused",
+		says: "its iam.amazonaws.com/permitted annotation, which must match the whole ARN, does not",
+		fix:  `kubectl annotate namespace shop iam.amazonaws.com/permitted='role/ca|arn:aws:iam::123456789012:role/cart' --overwrite`,
+	},
+	{
+		name: "no JSON", symptom: "allowed-roles is no JSON list", account: map[string]string{roleAnnotation: cart},
+		namespace: map[string]string{allowed: cart},
+		status:    403, event: "RoleDenied", state: "refused",
+		says: `"` + cart + `" is no JSON list of strings such as`,
+		fix:  `kubectl annotate namespace shop iam.amazonaws.com/allowed-roles='["` + cart + `"]' --overwrite`,
+	},
+	{
+		name: "no expression", symptom: "permitted is no regular expression", account: map[string]string{roleAnnotation: cart},
+		namespace: map[string]string{permitted: "(role/cart"},
+		status:    403, event: "RoleDenied", state: "refused",
+		says: `"(role/cart" is no regular expression: missing closing )`,
+		fix:  `kubectl annotate namespace shop iam.amazonaws.com/permitted=` + cart + ` --overwrite`,
+	},
+	{
+		name: "user", symptom: "the ARN of a user", namespace: permits, account: map[string]string{roleAnnotation: "arn:aws:iam::123456789012:user/cart"},
+		status: 403, event: "InvalidRoleARN", state: "refused",
+		says: "it names a thing of the kind user, not a role: its resource must begin with role/",
+		fix:  "kubectl annotate serviceaccount -n shop cart eks.amazonaws.com/role-arn=arn:aws:iam::ACCOUNT:role/ROLE --overwrite",
+	},
+	{
+		name: "digits", symptom: "an account of 11 digits", namespace: permits, account: map[string]string{roleAnnotation: "arn:aws:iam::12345678901:role/cart"},
+		status: 403, event: "InvalidRoleARN", state: "refused",
+		says: `its account "12345678901" is not 12 digits`,
+		fix:  "kubectl annotate serviceaccount -n shop cart eks.amazonaws.com/role-arn=arn:aws:iam::ACCOUNT:role/ROLE --overwrite",
+	},
+	{
+		name: "short name", symptom: "a short role name without -base-role-arn", namespace: permits, account: map[string]string{roleAnnotation: "cart"},
+		status: 403, event: "InvalidRoleARN", state: "refused",
+		says: "short role names need imdsgate to run with -base-role-arn",
+		fix:  "kubectl annotate serviceaccount -n shop cart eks.amazonaws.com/role-arn=arn:aws:iam::ACCOUNT:role/ROLE --overwrite",
+	},
+	{
+		name: "duration", symptom: "a session duration that is none", namespace: permits,
+		account: map[string]string{roleAnnotation: cart, "imdsgate.dev/session-duration": "15m"},
+		status:  403, event: "InvalidAnnotation", state: "refused",
+		says: `annotation imdsgate.dev/session-duration of service account shop/cart: "15m": sessions last from 45m to 12h`,
+		fix:  "kubectl annotate serviceaccount -n shop cart imdsgate.dev/session-duration=1h --overwrite",
+	},
+	{
+		name: "trust", symptom: "the role does not trust the node's role, or does not exist (assume-role)", namespace: permits,
+		account: map[string]string{roleAnnotation: base + "untrusting"}, role: &aws.Role{ARN: base + "untrusting"},
+		status: 403, event: "CredentialsFailed", state: "failing",
+		says: "AssumeRole " + base + "untrusting: AccessDenied: User: arn:aws:sts::123456789012:assumed-role/node-role/i-0123456789abcdef0 is not authorized to perform: sts:AssumeRole",
+		fix:  `add to its trust policy (with the path of the principal, if it has one): {"Effect":"Allow","Principal":{"AWS":"` + lab.NodeRoleARN + `"},"Action":"sts:AssumeRole"}`,
+	},
+	{
+		name: "external ID", symptom: "the role wants an external ID that nobody annotated", namespace: permits,
+		account: map[string]string{roleAnnotation: base + "external", "imdsgate.dev/external-id": "wrong"},
+		role:    &aws.Role{ARN: base + "external", Trust: []aws.Trust{{AWS: lab.NodeRoleARN, ExternalID: "right"}}},
+		status:  403, event: "CredentialsFailed", state: "failing",
+		says: "AssumeRole " + base + "external: AccessDenied",
+		fix:  `"Condition":{"StringEquals":{"sts:ExternalId":"<the external ID of the annotation>"}}}`,
+	},
+	{
+		name: "clock", symptom: "the node's clock is wrong", namespace: permits, account: map[string]string{roleAnnotation: base + "clock"},
+		prepare: func(n *lab.Node) {
+			n.AWS.Inject(aws.Fault{RoleARN: base + "clock", Status: 403, Code: "SignatureDoesNotMatch", Message: "Signature expired: 20261122T000000Z is now earlier than 20261122T004500Z (20261122T010000Z - 15 min.)"})
+		},
+		status: 503, event: "CredentialsFailed", state: "failing",
+		says: "SignatureDoesNotMatch: Signature expired: 20261122T000000Z is now earlier than", told: "STS answered SignatureDoesNotMatch",
+		fix: "set the node's clock: STS takes requests for five minutes only (timedatectl on the node says whether NTP works)",
+	},
+	{
+		name: "cut off", symptom: "STS cannot be reached", namespace: permits, account: map[string]string{roleAnnotation: base + "cut"},
+		prepare: func(n *lab.Node) { n.AWS.Inject(aws.Fault{RoleARN: base + "cut", Hangup: true}) },
+		status:  503, event: "CredentialsFailed", state: "failing",
+		says: "STS cannot be reached at https://sts.us-east-1.amazonaws.com/", told: "no credentials available yet",
+		fix: "this node must reach STS: check AWS_REGION, AWS_ENDPOINT_URL_STS, HTTPS_PROXY and AWS_CA_BUNDLE of imdsgate, the node's DNS, routes and security groups",
+	},
+	{
+		name: "twins", symptom: "two running pods have one IP", namespace: permits, account: map[string]string{roleAnnotation: cart},
+		twin:   true,
+		status: 503, event: "AmbiguousIP", state: "refused",
+		says: "more than one running pod has this IP",
+		fix:  "delete one of the pods that have this IP; if it happens again, the network plugin gives addresses twice",
+	},
+	{
+		name: "trust policy", issuer: "web-identity", symptom: "the trust policy names another service account (web-identity)",
+		account: map[string]string{roleAnnotation: base + "theirs"},
+		role:    &aws.Role{ARN: base + "theirs", Trust: []aws.Trust{{Federated: lab.ProviderARN(), Subject: "system:serviceaccount:shop:till", Audience: "sts.amazonaws.com"}}},
+		status:  403, event: "CredentialsFailed", state: "failing",
+		says: "AssumeRoleWithWebIdentity " + base + "theirs: AccessDenied: Not authorized to perform sts:AssumeRoleWithWebIdentity",
+		fix: `add to its trust policy: {"Effect":"Allow","Principal":{"Federated":"` + lab.ProviderARN() + `"},"Action":"sts:AssumeRoleWithWebIdentity",` +
+			`"Condition":{"StringEquals":{"172.30.0.1:6443:aud":"sts.amazonaws.com","172.30.0.1:6443:sub":"system:serviceaccount:shop:cart"}}}`,
+	},
+	{
+		name: "provider", issuer: "web-identity", symptom: "the role's account has no OIDC provider for the cluster (web-identity)",
+		account: map[string]string{roleAnnotation: "arn:aws:iam::999999999999:role/cart"},
+		status:  403, event: "CredentialsFailed", state: "failing",
+		says: "InvalidIdentityToken: No OpenIDConnect provider found in your account for https://172.30.0.1:6443",
+		fix:  "create an IAM OIDC provider for the cluster's issuer in account 999999999999: aws iam create-open-id-connect-provider --url https://172.30.0.1:6443 --client-id-list sts.amazonaws.com",
+	},
+	{
+		name: "client ID", issuer: "web-identity", symptom: "the OIDC provider does not take the audience (web-identity)",
+		account: map[string]string{roleAnnotation: cart, "eks.amazonaws.com/audience": "vault"},
+		status:  403, event: "CredentialsFailed", state: "failing",
+		says: "InvalidIdentityToken: Incorrect token audience",
+		fix:  "aws iam add-client-id-to-open-id-connect-provider --open-id-connect-provider-arn " + lab.ProviderARN() + " --client-id vault",
+	},
+	{
+		name: "audience", issuer: "web-identity", symptom: "an audience that -audiences does not name (web-identity)",
+		account: map[string]string{roleAnnotation: cart, "eks.amazonaws.com/audience": "anything"},
+		status:  403, event: "InvalidAnnotation", state: "refused",
+		says: `"anything" is none of the audiences that imdsgate was given with -audiences`,
+		fix:  "add it to -audiences, or kubectl annotate serviceaccount -n shop cart eks.amazonaws.com/audience=sts.amazonaws.com --overwrite",
+	},
+	{
+		name: "external ID with a token", issuer: "web-identity", symptom: "an external ID (web-identity)",
+		account: map[string]string{roleAnnotation: cart, "imdsgate.dev/external-id": "mine"},
+		status:  403, event: "InvalidAnnotation", state: "refused",
+		says: "AssumeRoleWithWebIdentity takes no external ID",
+		fix:  "remove the annotation and let the role's trust policy name the service account instead",
+	},
+}
+
+var daemonFlags = map[string][]string{
+	"":             {"-sts-rate", "100"},
+	"web-identity": {"-issuer", "web-identity", "-audiences", "sts.amazonaws.com,vault"},
+}
+
+// TestBroken: the answer, the Event, the page, its JSON and -check say the same of each set-up, and the same fix.
+func TestBroken(t *testing.T) {
+	for issuer, flags := range daemonFlags {
+		t.Run("issuer "+issuer, func(t *testing.T) {
+			t.Parallel()
+			n := labtest.Node(t, shared, lab.NodeOptions{})
+			if _, err := n.Role("cart"); err != nil {
+				t.Fatal(err)
+			}
+			d := labtest.Daemon(t, n, flags...)
+			for _, tt := range table {
+				if tt.issuer == issuer {
+					t.Run(tt.name, func(t *testing.T) { tt.test(t, n, d) })
+				}
+			}
+		})
+	}
+}
+
+func (tt broken) test(t *testing.T, n *lab.Node, d *lab.Daemon) {
+	t.Parallel()
+	ctx := labtest.Context(t)
+	shop := shared.Unique("shop")
+	if err := shared.Namespace(ctx, shop, tt.namespace); err != nil {
+		t.Fatal(err)
+	}
+	if err := shared.ServiceAccount(ctx, shop, "cart", tt.account); err != nil {
+		t.Fatal(err)
+	}
+	if tt.role != nil {
+		if err := n.AWS.SetRole(*tt.role); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if tt.prepare != nil {
+		tt.prepare(n)
+	}
+	asking := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, Name: "cart-1", ServiceAccount: "cart", Annotations: tt.pod})
+	if tt.twin {
+		labtest.Pod(t, n, lab.PodSpec{Namespace: shop, Name: "twin", ServiceAccount: "cart", IP: asking.IPs[0], Detached: true})
+	}
+	// The table speaks of namespace shop.
+	names := strings.NewReplacer("shop/", shop+"/", "namespace shop", "namespace "+shop, "-n shop ", "-n "+shop+" ", ":shop:cart", ":"+shop+":cart")
+	says, fix := names.Replace(tt.says), names.Replace(tt.fix)
+	told := says
+	if tt.told != "" {
+		told = tt.told
+	}
+	holds := func(who, text string, wants ...string) {
+		t.Helper()
+		for _, want := range wants {
+			if !strings.Contains(text, want) {
+				t.Errorf("%s does not say\n  %s\nbut\n  %s", who, want, text)
+			}
+		}
+	}
+
+	var status int
+	var body string
+	for status != tt.status || !strings.Contains(body, fix) {
+		if ctx.Err() != nil {
+			t.Fatalf("the answer is %d %s", status, body)
+		}
+		status, body = get(ctx, t, asking)
+	}
+	holds("the answer", body, told, fix)
+	if len(body) > 1<<10 {
+		t.Errorf("the answer has %d bytes", len(body))
+	}
+
+	e, err := asking.WaitEvent(ctx, tt.event)
+	if err != nil {
+		t.Fatal(err)
+	}
+	holds("the Event", e.Message, told, fix)
+	wantKind, wantType := "Pod", "Warning"
+	if tt.event == "InvalidRoleARN" || tt.event == "InvalidAnnotation" {
+		wantKind = "ServiceAccount"
+	}
+	if tt.event == "NoRole" {
+		wantType = "Normal"
+	}
+	if e.InvolvedObject.Kind != wantKind || e.Type != wantType {
+		t.Errorf("the Event is a %s on a %s", e.Type, e.InvolvedObject.Kind)
+	}
+
+	p := podOf(ctx, t, d, shop)
+	if p.Status != tt.state {
+		t.Errorf("the page says %q, want %q", p.Status, tt.state)
+	}
+	problem := p.Problem
+	if tt.state == "no role" { // it may be meant so: told step by step, not as a problem
+		problem = strings.Join(p.Steps, "\n")
+	}
+	holds("the JSON", problem, says)
+	holds("the JSON's fix", p.Fix, fix)
+	page, err := d.Debug(ctx, "/?q="+url.QueryEscape(shop+"/cart-1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	holds("the page", html.UnescapeString(page), says, fix, ">"+tt.state+"<")
+
+	code, out, err := n.RunDaemon(ctx, lab.DaemonOptions{Flags: []string{"-check", shop + "/cart-1"}})
+	if err != nil || code != 1 {
+		t.Errorf("-check ends with %d %v", code, err)
+	}
+	holds("-check", out, shop+"/cart-1: "+tt.state, says, "fix: ", fix)
+}
+
+// pod is what the JSON says of one.
+type pod struct {
+	Namespace, Name, Decision, Status, Problem, Fix string
+	Steps                                           []string
+}
+
+func podOf(ctx context.Context, t *testing.T, d *lab.Daemon, namespace string) pod {
+	t.Helper()
+	text, err := d.Debug(ctx, "/debug/pods")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []pod
+	if err := json.Unmarshal([]byte(text), &all); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range all {
+		if p.Namespace == namespace && p.Name == "cart-1" {
+			return p
+		}
+	}
+	t.Fatalf("/debug/pods knows no pod in %s: %s", namespace, text)
+	return pod{}
+}
+
+// get asks for the pod's role.
+func get(ctx context.Context, t *testing.T, p *lab.Pod) (int, string) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://169.254.169.254"+roleList, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := p.HTTP().Do(req)
+	if err != nil {
+		return 0, err.Error()
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return 0, err.Error()
+	}
+	return resp.StatusCode, string(body)
+}

@@ -1,0 +1,292 @@
+package broken_test
+
+import (
+	"html"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	rbacv1 "k8s.io/api/rbac/v1"
+
+	"github.com/imdsgate/imdsgate/e2e/aws"
+	"github.com/imdsgate/imdsgate/e2e/lab"
+	"github.com/imdsgate/imdsgate/e2e/labtest"
+)
+
+// other is a set-up that no Event can tell of: the daemon never hears of the pod's request, or the fault is not a pod's.
+type other struct{ symptom, says, fix, where string }
+
+var others = map[string]other{
+	"host network": {
+		symptom: "a pod with hostNetwork",
+		says:    "it uses the node's network (hostNetwork): it has no IP of its own and is never served, to the kernel it is the node",
+		fix:     "take hostNetwork: true out of its template, or give it credentials in another way; the node's own role is what it has now",
+		where:   "page, -check: its requests never come here",
+	},
+	"irsa": {
+		symptom: "IRSA or EKS Pod Identity as well",
+		says:    "its containers name another source of credentials (IRSA or EKS Pod Identity), so its SDKs will not ask here",
+		fix:     "take AWS_WEB_IDENTITY_TOKEN_FILE or AWS_CONTAINER_CREDENTIALS_FULL_URI, and the webhook that sets it, away from the pod if imdsgate is to serve it",
+		where:   "page, -check: it does not ask",
+	},
+	"conflict": {
+		symptom: "pod and service account name different roles (-pod-annotations)",
+		says:    `which is used: remove one of them`,
+		where:   "Event RoleConflict, page, -check; it is served the service account's role",
+	},
+	"capped": {
+		symptom: "a longer session than the role allows",
+		says:    "STS gives sessions of 1h, not of the 4h that were asked for",
+		fix:     "raise the role's MaxSessionDuration, or ask for less",
+		where:   "page, -check, log; it is served",
+	},
+	"permission": {
+		symptom: "the daemon may not read service accounts (RBAC)",
+		says:    "the permission to list serviceaccounts is missing, see the ClusterRole of the chart",
+		where:   "page, -check, log; the pod hears 503",
+	},
+	"foreign rule": {
+		symptom: "a rule that kube2iam or kiam left",
+		says:    "takes the endpoint: ",
+		fix:     "uninstall kube2iam, kiam or whatever made it, and delete the rule",
+		where:   "page, -check, log",
+	},
+	"no region": {
+		symptom: "no region",
+		says:    "no AWS region is configured and the instance metadata endpoint does not tell one: set the environment variable AWS_REGION",
+		where:   "log, -check; imdsgate does not start",
+	},
+	"other node": {
+		symptom: "-check on another node than the pod's",
+		says:    "run -check in the imdsgate pod of that node; if there is none, nobody there serves it",
+		where:   "-check",
+	},
+}
+
+// tells fails the test unless page and -check say what is wanted of a pod.
+func (o other) tells(t *testing.T, n *lab.Node, d *lab.Daemon, p *lab.Pod, wantCode int, flags ...string) {
+	t.Helper()
+	ctx := labtest.Context(t)
+	page, err := d.Debug(ctx, "/?q="+url.QueryEscape(p.Namespace+"/"+p.Name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	code, out, err := n.RunDaemon(ctx, lab.DaemonOptions{Flags: append(flags, "-check", p.Namespace+"/"+p.Name)})
+	if err != nil || code != wantCode {
+		t.Errorf("-check ends with %d %v, want %d", code, err, wantCode)
+	}
+	for who, text := range map[string]string{"the page": html.UnescapeString(page), "-check": out} {
+		if !strings.Contains(text, o.says) || !strings.Contains(text, o.fix) {
+			t.Errorf("%s does not say %q and %q:\n%s", who, o.says, o.fix, out)
+		}
+	}
+}
+
+// TestNotBroken: what the page and -check say of pods that get nothing here, or not what was asked for, and that is all right.
+func TestNotBroken(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t)
+	n := labtest.Node(t, shared, lab.NodeOptions{})
+	for _, name := range []string{"cart", "other"} {
+		if _, err := n.Role(name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	shop := shared.Unique("shop")
+	if err := shared.Namespace(ctx, shop, permits); err != nil {
+		t.Fatal(err)
+	}
+	for name, annotations := range map[string]map[string]string{
+		"cart": {roleAnnotation: cart}, "long": {roleAnnotation: cart, "imdsgate.dev/session-duration": "4h"},
+	} {
+		if err := shared.ServiceAccount(ctx, shop, name, annotations); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d := labtest.Daemon(t, n, "-pod-annotations")
+	host := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart", HostNetwork: true})
+	irsa := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart", Env: map[string]string{"AWS_WEB_IDENTITY_TOKEN_FILE": "/token"}})
+	conflict := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart", Annotations: map[string]string{"iam.amazonaws.com/role": base + "other"}})
+	long := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "long"})
+	for _, p := range []*lab.Pod{conflict, long} {
+		if status, body := get(ctx, t, p); status != http.StatusOK {
+			for status != http.StatusOK && ctx.Err() == nil {
+				status, body = get(ctx, t, p)
+			}
+			if status != http.StatusOK {
+				t.Fatalf("%s: %d %s", p.Name, status, body)
+			}
+		}
+	}
+	others["host network"].tells(t, n, d, host, 1)
+	others["irsa"].tells(t, n, d, irsa, 0)
+	others["conflict"].tells(t, n, d, conflict, 0)
+	others["capped"].tells(t, n, d, long, 0)
+	e, err := conflict.WaitEvent(ctx, "RoleConflict")
+	if err != nil || !strings.Contains(e.Message, others["conflict"].says) {
+		t.Errorf("Event %+v, %v", e, err)
+	}
+	// Beside one that is broken, -check -all names it first and fails.
+	code, out, err := n.RunDaemon(ctx, lab.DaemonOptions{Flags: []string{"-check", "-all"}})
+	if err != nil || code != 0 || !strings.Contains(out, " need attention") {
+		t.Errorf("-check -all ends with %d %v: %s", code, err, out)
+	}
+	if err := shared.ServiceAccount(ctx, shop, "broken", map[string]string{roleAnnotation: "arn:aws:iam::1:role/x"}); err != nil {
+		t.Fatal(err)
+	}
+	bad := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "broken"})
+	code, out, err = n.RunDaemon(ctx, lab.DaemonOptions{Flags: []string{"-check", "-all"}})
+	if err != nil || code != 1 || !strings.HasPrefix(out, shop+"/"+bad.Name+": refused\n") || !strings.Contains(out, ", 1 need attention") {
+		t.Errorf("-check -all ends with %d %v: %s", code, err, out)
+	}
+}
+
+// TestNobodyRuns: before imdsgate is installed, -check says what each pod would get, and asks STS for it.
+func TestNobodyRuns(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t)
+	n := labtest.Node(t, shared, lab.NodeOptions{})
+	role, err := n.Role("dry")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := n.AWS.SetRole(aws.Role{ARN: base + "untrusting"}); err != nil {
+		t.Fatal(err)
+	}
+	shop := shared.Unique("shop")
+	if err := shared.Namespace(ctx, shop, permits); err != nil {
+		t.Fatal(err)
+	}
+	for name, role := range map[string]string{"dry": role, "cart": base + "untrusting"} {
+		if err := shared.ServiceAccount(ctx, shop, name, map[string]string{roleAnnotation: role}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	good := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "dry"})
+	bad := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart"})
+	twin := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "dry"})
+	for _, issuer := range []string{"assume-role", "web-identity"} {
+		before := len(n.AWS.Calls())
+		code, out, err := n.RunDaemon(ctx, lab.DaemonOptions{Flags: []string{"-issuer", issuer, "-check", "-all"}})
+		if err != nil || code != 1 {
+			t.Errorf("%s ends with %d %v", issuer, code, err)
+		}
+		for _, want := range []string{
+			shop + "/" + good.Name + ": served\n", shop + "/" + twin.Name + ": served\n", "STS gives credentials for the role, valid for ",
+			shop + "/" + bad.Name + ": failing\n", "AccessDenied", `add to its trust policy`,
+		} {
+			if !strings.Contains(out, want) {
+				t.Errorf("%s: -check -all does not say %q:\n%s", issuer, want, out)
+			}
+		}
+		if calls := n.AWS.Calls()[before:]; len(calls) != 2 {
+			t.Errorf("%s: for two sessions STS was asked %d times", issuer, len(calls))
+		}
+		if strings.Contains(out, "AQoD") || strings.Contains(out, "ASIA") {
+			t.Error("-check tells credentials")
+		}
+	}
+	rules, err := n.Run(ctx, "sh", "-c", "iptables-save; ip rule")
+	if err != nil || strings.Contains(rules, "IMDSGATE") || strings.Contains(rules, "169.254") {
+		t.Errorf("-check left rules: %s %v", rules, err)
+	}
+	for _, wrong := range [][]string{{"-check", "nothing"}, {"-check", "a/b", "c/d"}, {"-check", "-nodename=x"}} {
+		if code, out, err := n.RunDaemon(ctx, lab.DaemonOptions{Flags: wrong}); err != nil || code != 2 {
+			t.Errorf("%v ends with %d %v: %s", wrong, code, err, out)
+		}
+	}
+}
+
+// TestPermissionMissing: without a right of the daemon's the pod hears 503, and the operator which right it is.
+func TestPermissionMissing(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t)
+	n := labtest.Node(t, shared, lab.NodeOptions{})
+	var fewer []rbacv1.PolicyRule
+	for _, r := range lab.Permissions {
+		r.Resources = slices.DeleteFunc(slices.Clone(r.Resources), func(s string) bool { return s == "serviceaccounts" })
+		fewer = append(fewer, r)
+	}
+	if err := n.SetPermissions(ctx, fewer); err != nil {
+		t.Fatal(err)
+	}
+	p := labtest.Pod(t, n, lab.PodSpec{ServiceAccount: "cart"})
+	d := labtest.Launch(t, n, lab.DaemonOptions{})
+	for status := 0; status != http.StatusServiceUnavailable; status, _ = get(ctx, t, p) {
+		if ctx.Err() != nil {
+			t.Fatalf("the answer is %d", status)
+		}
+	}
+	var page string
+	for err := error(nil); err != nil || !strings.Contains(page, others["permission"].says); page, err = d.Debug(ctx, "/") {
+		if ctx.Err() != nil {
+			t.Fatalf("the page never says it: %v %s", err, page)
+		}
+	}
+	if !strings.Contains(page, "Not ready") {
+		t.Error("the page says it is ready")
+	}
+	others["permission"].tells(t, n, d, p, 1)
+	code, out, err := n.RunDaemon(ctx, lab.DaemonOptions{Flags: []string{"-check"}})
+	if err != nil || code != 1 || !strings.Contains(out, others["permission"].says) {
+		t.Errorf("-check ends with %d %v: %s", code, err, out)
+	}
+}
+
+// TestForeignRule: the rule of an agent that is gone is named by the page and by -check, and served pods are served on.
+func TestForeignRule(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t)
+	n := labtest.Node(t, shared, lab.NodeOptions{})
+	d := labtest.Daemon(t, n)
+	if _, err := n.Run(ctx, "iptables", "-t", "nat", "-A", "PREROUTING", "-d", "169.254.169.254/32", "-i", "cali+", "-p", "tcp", "--dport", "80",
+		"-j", "DNAT", "--to-destination", n.IP.String()+":8181"); err != nil {
+		t.Fatal(err)
+	}
+	o := others["foreign rule"]
+	var page string
+	for err := error(nil); err != nil || !strings.Contains(html.UnescapeString(page), o.says); page, err = d.Debug(ctx, "/") {
+		if ctx.Err() != nil {
+			t.Fatalf("the page never says it: %v %s", err, page)
+		}
+		time.Sleep(100 * time.Millisecond) // the page looks at the rules every ten seconds
+	}
+	code, out, err := n.RunDaemon(ctx, lab.DaemonOptions{Flags: []string{"-check"}})
+	if err != nil || code != 1 || !strings.Contains(out, o.says) || !strings.Contains(out, "fix: "+o.fix) || !strings.Contains(html.UnescapeString(page), o.fix) {
+		t.Errorf("-check ends with %d %v: %s", code, err, out)
+	}
+}
+
+// TestNoRegion: what keeps imdsgate from starting is said by the log and by -check.
+func TestNoRegion(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t)
+	n := labtest.Node(t, shared, lab.NodeOptions{})
+	if _, err := n.Run(ctx, "ip", "route", "add", "unreachable", "169.254.169.254"); err != nil {
+		t.Fatal(err)
+	}
+	o := lab.DaemonOptions{Bare: true, Flags: []string{"-node", n.Name, "-host-ip", n.IP.String(), "-kubeconfig", n.Kubeconfig()}}
+	for _, more := range [][]string{nil, {"-check"}} {
+		run := o
+		run.Flags = append(slices.Clone(o.Flags), more...)
+		code, out, err := n.RunDaemon(ctx, run)
+		if err != nil || code != 1 || !strings.Contains(out, others["no region"].says) {
+			t.Errorf("%v ends with %d %v: %s", more, code, err, out)
+		}
+	}
+}
+
+// TestOtherNode: -check says where a pod is that is not here.
+func TestOtherNode(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t)
+	here, there := labtest.Node(t, shared, lab.NodeOptions{}), labtest.Node(t, shared, lab.NodeOptions{})
+	p := labtest.Pod(t, there, lab.PodSpec{})
+	code, out, err := here.RunDaemon(ctx, lab.DaemonOptions{Flags: []string{"-check", p.Namespace + "/" + p.Name}})
+	if err != nil || code != 1 || !strings.Contains(out, "is bound to node "+there.Name) || !strings.Contains(out, others["other node"].says) {
+		t.Errorf("-check ends with %d %v: %s", code, err, out)
+	}
+}
