@@ -140,6 +140,7 @@ func TestValues(t *testing.T) {
 			args:    []string{"--set", "aws.region=eu-west-1", "--set", "aws.stsEndpoint=https://sts.example", "--set", "iptables=legacy", "--set", "extraEnv[0].name=AWS_CA_BUNDLE", "--set", "extraEnv[0].value=/ca.pem"},
 			objects: base, env: map[string]string{"AWS_REGION": "eu-west-1", "AWS_ENDPOINT_URL_STS": "https://sts.example", "PATH": "/iptables/legacy:/usr/sbin:/usr/bin:/sbin:/bin", "AWS_CA_BUNDLE": "/ca.pem"},
 		},
+		{name: "off", args: []string{"--set-json", "flags.namespace-policy=false"}, objects: base, env: map[string]string{"IMDSGATE_NAMESPACE_POLICY": "off"}},
 		{
 			name: "no listeners, unknown flags", args: []string{"--set", "flags.ops-addr=,flags.debug-addr=", "--set", "extraArgs={-new=1}"},
 			objects: base, argv: []string{"-ops-addr=", "-debug-addr=", "-new=1"}, env: map[string]string{"IMDSGATE_OPS_ADDR": "", "IMDSGATE_DEBUG_ADDR": ""},

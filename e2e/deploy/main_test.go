@@ -37,7 +37,7 @@ const (
 // required satisfies what the chart requires.
 var required = []string{"--set", "image.repository=imdsgate"}
 
-func helm(t testing.TB, args ...string) (stdout, stderr string, err error) {
+func helmPath(t testing.TB) string {
 	t.Helper()
 	cache, err := os.UserCacheDir()
 	if err != nil {
@@ -47,10 +47,15 @@ func helm(t testing.TB, args ...string) (stdout, stderr string, err error) {
 	if _, err := os.Stat(path); err != nil {
 		t.Fatalf("%v: build it once with `make cluster-bins`", err)
 	}
+	return path
+}
+
+func helm(t testing.TB, args ...string) (stdout, stderr string, err error) {
+	t.Helper()
 	var out, errs bytes.Buffer
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, path, args...)
+	cmd := exec.CommandContext(ctx, helmPath(t), args...)
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	cmd.Env = append(os.Environ(), "HELM_CACHE_HOME="+t.TempDir(), "HELM_CONFIG_HOME="+t.TempDir(), "HELM_DATA_HOME="+t.TempDir())
 	err = cmd.Run()

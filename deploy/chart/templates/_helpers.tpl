@@ -70,6 +70,7 @@ the CNI results, which the arguments set. */ -}}
   valueFrom: {fieldRef: {fieldPath: status.hostIPs}}
 {{- range $name, $value := .Values.flags }}
 {{- if kindIs "slice" $value }}{{ $value = join "," $value }}{{ end }}
+{{- if and (eq $name "namespace-policy") (not $value) }}{{ $value = "off" }}{{ end }}
 {{- if ne (toString $value) "" }}
 - {name: IMDSGATE_{{ $name | upper | replace "-" "_" }}, value: {{ toString $value | quote }}}
 {{- end }}
