@@ -1,0 +1,209 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/imdsgate/imdsgate/e2e/bench/report"
+)
+
+// mode is one way to ask.
+type mode struct {
+	name string
+	loading
+	with string // what a target beside the bare responder has instead of loading's status and role: denied, none
+}
+
+var (
+	oneConnection = mode{name: "document, 1 connection", loading: loading{sequence: "document", imds: 2, reuse: "keep", connections: 1, rate: 1000}}
+	sixteen       = mode{name: "document, 16 connections", loading: loading{sequence: "document", imds: 2, reuse: "keep", connections: 16, rate: 6000}}
+	fullV2        = mode{name: "v2 sequence, a connection per request", loading: loading{sequence: "full", imds: 2, reuse: "request", connections: 16, rate: 300}}
+	refusals      = mode{name: "document, warm", loading: loading{sequence: "document", imds: 1, reuse: "keep", connections: 16, rate: 1200}}
+)
+
+// modes are all, the ones with bars first.
+func modes() []mode {
+	return []mode{
+		oneConnection, sixteen, fullV2,
+		{name: "document, 256 connections", loading: loading{sequence: "document", imds: 2, reuse: "keep", connections: 256, rate: 6000}},
+		{name: "v2 sequence, a connection each", loading: loading{sequence: "full", imds: 2, reuse: "sequence", connections: 16, rate: 500}},
+		{name: "v1 sequence, a connection per request", loading: loading{sequence: "full", imds: 1, reuse: "request", connections: 16, rate: 450}},
+	}
+}
+
+// series are the measurements of one target in one mode, by round.
+type series []measurement
+
+// compare measures every mode of every target in each round, in turn, so that whatever else the machine does hits all alike.
+func (r *rig) compare(ctx context.Context) (report.Section, error) {
+	before := busy()
+	all := map[string]series{} // by mode and target
+	key := func(m mode, t target) string { return m.name + "\x00" + t.name }
+	refused := []struct {
+		target
+		role string
+		want int
+	}{
+		{target{"imdsgate, warm", r.ours.pid, r.warm, 80}, "cart", 200},
+		{target{"imdsgate, denied", r.ours.pid, r.denied, 80}, "cart", 403},
+		{target{"imdsgate, no role", r.ours.pid, r.none, 80}, "cart", 404},
+	}
+	targets := []target{r.bare[0], r.ours, r.bare[1], r.policies}
+	for round := range r.rounds {
+		for _, m := range modes() {
+			for i := range targets { // begin with another one each time
+				t := targets[(i+round)%len(targets)]
+				got, err := r.ask(ctx, t, m.loading)
+				if err != nil {
+					return report.Section{}, fmt.Errorf("%s: %w", m.name, err)
+				}
+				all[key(m, t)] = append(all[key(m, t)], got)
+			}
+		}
+		for i := range refused {
+			t := refused[(i+round)%len(refused)]
+			l := refusals.loading
+			l.role, l.want = t.role, t.want
+			got, err := r.ask(ctx, t.target, l)
+			if err != nil {
+				return report.Section{}, err
+			}
+			all[key(refusals, t.target)] = append(all[key(refusals, t.target)], got)
+		}
+		fmt.Printf("round %d of %d\n", round+1, r.rounds)
+	}
+
+	s := report.Section{
+		ID: "compare", Title: "Against a bare responder",
+		Text: comparison(r.settings, before),
+	}
+	of := func(m mode, t target) series { return all[key(m, t)] }
+	for _, b := range []struct {
+		what string
+		mode
+		figure
+		max float64
+	}{
+		{"CPU per warm request, 16 connections", sixteen, cpu, 1.10},
+		{"p50 warm, 1 connection", oneConnection, p50, 1.05},
+		{"p99 warm, 1 connection", oneConnection, p99, 1.15},
+		{"v2 SDK sequence on new connections: CPU", fullV2, cpu, 1.15},
+		{"v2 SDK sequence on new connections: p99", fullV2, p99, 1.15},
+	} {
+		reference := of(b.mode, r.bare[0])
+		noise := ratios(of(b.mode, r.bare[1]), reference, b.figure)
+		s.Bars = append(s.Bars, report.Bar{
+			What: b.what, Value: median(ratios(of(b.mode, r.ours), reference, b.figure)), Max: b.max, Unit: "×",
+			Noise: &report.Range{Min: noise[0], Max: noise[len(noise)-1]}, Note: "against the bare responder",
+		})
+	}
+	warm := of(refusals, refused[0].target)
+	for _, t := range refused[1:] {
+		s.Bars = append(s.Bars, report.Bar{
+			What: "CPU per request, " + strings.TrimPrefix(t.name, "imdsgate, ") + " known pod", Max: 1.2, Unit: "×",
+			Value: median(ratios(of(refusals, t.target), warm, cpu)), Note: "against a warm request at the same rate",
+		})
+	}
+	for _, m := range modes() {
+		table := report.Table{
+			Title: fmt.Sprintf("%s, %.0f operations a second", m.name, m.rate),
+			Head:  []string{"", "CPU per request", "p50", "p99", "CPU ratio", "p50 ratio", "p99 ratio"},
+		}
+		for _, t := range targets {
+			table.Rows = append(table.Rows, row(t.name, of(m, t), of(m, r.bare[0])))
+		}
+		s.Tables = append(s.Tables, table)
+		s.Plots = append(s.Plots, curves(m, r.settings.rounds, targets, of))
+	}
+	table := report.Table{
+		Title: fmt.Sprintf("refusals: document, 16 connections, %.0f operations a second; ratios to warm", refusals.rate),
+		Head:  []string{"", "CPU per request", "p50", "p99", "CPU ratio", "p50 ratio", "p99 ratio"},
+	}
+	for _, t := range refused {
+		table.Rows = append(table.Rows, row(t.name, of(refusals, t.target), warm))
+	}
+	s.Tables = append(s.Tables, table)
+	return s, nil
+}
+
+func comparison(s settings, load string) string {
+	return fmt.Sprintf(`The daemon with a role's credentials in memory, and two processes of a bare net/http responder (no timeouts, no checks) that
+answers the same paths with the same headers and bytes. All are reached from a pod by the metadata address and the same kind of
+redirect; "policies" is a daemon on a second node with `+"`-pod-annotations -namespace-policy auto -session-tags`"+` and a namespace with both
+kinds of policy. %d rounds of %v each; the targets take turns. The load is open: operations begin by the clock, and latency counts
+from when each was to begin. CPU time is that of the process by its threads' schedstat. Figures are medians of the rounds; ratios are
+medians of each round's ratio to "bare 1", with their range; "bare 2" is the error bar.
+The machine's load average before was %s.`, s.rounds, s.length, load)
+}
+
+// figure takes one out of a measurement.
+type figure func(measurement) time.Duration
+
+func cpu(m measurement) time.Duration { return m.CPU }
+func p50(m measurement) time.Duration { return m.P50 }
+func p99(m measurement) time.Duration { return m.P99 }
+
+// ratios are those of each round, sorted.
+func ratios(a, b series, f figure) []float64 {
+	all := make([]float64, len(a))
+	for i := range a {
+		all[i] = float64(f(a[i])) / float64(f(b[i]))
+	}
+	slices.Sort(all)
+	return all
+}
+
+// median of a sorted list.
+func median(sorted []float64) float64 {
+	n := len(sorted)
+	return (sorted[(n-1)/2] + sorted[n/2]) / 2
+}
+
+func (s series) median(f figure) time.Duration {
+	all := make([]float64, len(s))
+	for i, m := range s {
+		all[i] = float64(f(m))
+	}
+	slices.Sort(all)
+	return time.Duration(median(all))
+}
+
+func row(name string, s, reference series) []string {
+	cells := []string{name}
+	for _, f := range []figure{cpu, p50, p99} {
+		cells = append(cells, fmt.Sprintf("%.1f µs", float64(s.median(f).Nanoseconds())/1e3))
+	}
+	for _, f := range []figure{cpu, p50, p99} {
+		all := ratios(s, reference, f)
+		cells = append(cells, fmt.Sprintf("%.3f (%.2f – %.2f)", median(all), all[0], all[len(all)-1]))
+	}
+	return cells
+}
+
+// curves are the latencies by percentile, the median of the rounds at each.
+func curves(m mode, rounds int, targets []target, of func(mode, target) series) report.Plot {
+	name := strings.NewReplacer(",", "", " ", "-").Replace(m.name)
+	p := report.Plot{
+		Name: "latency-" + name, Title: fmt.Sprintf("%s, %.0f operations a second", m.name, m.rate),
+		X: report.Axis{Label: "percentile", Percentiles: true}, Y: report.Axis{Label: "latency, ms", Log: true},
+	}
+	for _, t := range targets {
+		line := report.Line{Name: t.name}
+		s := of(m, t)
+		for i, at := range s[0].Curve {
+			var all []float64
+			for _, got := range s {
+				if i < len(got.Curve) {
+					all = append(all, got.Curve[i].Seconds*1e3)
+				}
+			}
+			slices.Sort(all)
+			line.Points = append(line.Points, report.Point{X: at.Percentile, Y: median(all)})
+		}
+		p.Lines = append(p.Lines, line)
+	}
+	return p
+}
