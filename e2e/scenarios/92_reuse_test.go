@@ -1,7 +1,6 @@
 package scenarios
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -43,8 +42,9 @@ func TestScenarioReuse(t *testing.T) {
 			t.Fatalf("REUSE_PODS=%s: %v; at least %d", text, err, 2*reuseActive)
 		}
 	}
+	limit := 3*time.Minute + time.Duration(pods)*time.Second
 	t.Run("CNI results", func(t *testing.T) {
-		s := beginScenario(t, 10*time.Minute)
+		s := beginScenario(t, limit)
 		s.install()
 		u := s.reuse("reuse", first.CNI, pods)
 		if u.Wrong > 0 {
@@ -71,7 +71,7 @@ func TestScenarioReuse(t *testing.T) {
 		}
 	})
 	t.Run("API server alone", func(t *testing.T) {
-		s := beginScenario(t, 10*time.Minute)
+		s := beginScenario(t, limit)
 		s.install(`flags.cni-results=""`)
 		s.reuse("reuse-informer", first.Informer, pods)
 	})
@@ -161,9 +161,7 @@ func (s *scenario) reuse(ns, source string, pods int) first.Reuse {
 // parade runs pods until all of them have ended. Every other pair ends by itself, the others are deleted once they run.
 func (s *scenario) parade(ns string, pods int) {
 	s.Helper()
-	ctx, cancel := context.WithTimeout(s.ctx, 8*time.Minute)
-	defer cancel()
-	w, err := s.kube.CoreV1().Pods(ns).Watch(ctx, metav1.ListOptions{})
+	w, err := s.kube.CoreV1().Pods(ns).Watch(s.ctx, metav1.ListOptions{})
 	s.must(err)
 	defer w.Stop()
 	next := 0

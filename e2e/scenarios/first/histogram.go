@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // Histogram is a Prometheus histogram with classic buckets.
@@ -36,11 +37,22 @@ func (h Histogram) Within(part float64) float64 {
 	return math.Inf(1)
 }
 
+// Over counts the observations that exceed a bound; for a bound that is no bucket's, those that exceed the next smaller one.
+func (h Histogram) Over(bound time.Duration) float64 {
+	within := 0.0
+	for _, b := range h.Buckets {
+		if b.Bound <= bound.Seconds() {
+			within = b.Count
+		}
+	}
+	return h.Count - within
+}
+
 // Metrics are the samples of an exposition in text format by what stands before the value, such as
 // imdsgate_http_requests_total{handler="token",code="200"}.
 type Metrics map[string]float64
 
-// ReadMetrics adds an exposition's samples to those that are there.
+// Read adds an exposition's samples to those that are there.
 func (m Metrics) Read(r io.Reader) error {
 	lines := bufio.NewScanner(r)
 	for lines.Scan() {

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -43,6 +44,11 @@ func TestMetrics(t *testing.T) {
 	for part, within := range map[float64]float64{0.99: 0.005, 0.991: 0.01, 0.01: 0.001} {
 		if got := a.Within(part); got != within {
 			t.Errorf("%v within %v, want %v", part, got, within)
+		}
+	}
+	for bound, over := range map[time.Duration]float64{5 * time.Millisecond: 2, 6 * time.Millisecond: 2, time.Microsecond: 200, time.Second: 0} {
+		if got := a.Over(bound); got != over {
+			t.Errorf("%v over %s, want %v", got, bound, over)
 		}
 	}
 	if all := m.Histogram("x"); all.Count != 202 || !math.IsInf(all.Within(1), 1) {
