@@ -14,11 +14,11 @@
 #   deps, images            only installs what is missing, only builds the images
 #
 # Options, by environment; a node keeps those of its first boot:
-#   CNI=bridge|ptp  PROXY_MODE=iptables|nftables  SNAPSHOTTER=overlayfs|native  DUAL_STACK=1  MASQUERADE=true
+#   CNI=bridge|ptp  PROXY_MODE=iptables|nftables  SNAPSHOTTER=native (else overlayfs, where that works)  DUAL_STACK=1  MASQUERADE=true
 #   TAINTS=key=value:NoSchedule,...  what the kubelet registers a new Node with
 #   BOOT=FILE                        a script that runs in the node at every boot, before anything of Kubernetes; of a
 #                                    systemd unit (*.service) its ExecStart lines
-#   IMAGES="FILE..."                 images in place of all that are in the cache
+#   IMAGES="FILE..."                 images in place of tools, aws and imdsgate of the cache
 #   CLUSTER=imdsgate-cluster         name, which makes it another cluster beside one that is up
 #
 # Layout: the control plane in the network namespace imdsgate-cluster-cp, 172.30.0.1; the fabric beside it: AWS (172.30.0.2),
@@ -54,6 +54,9 @@ up() {
   for i in "${starts[@]}"; do wait "$i" || die "not every node came up"; done
   for i in $(seq "$n"); do node_ready "$i"; done
   load
+  # Nodes that register with a taint may not run it yet.
+  [ -z "$(grep -L register-with-taints "$RUN"/node*/kubelet.args)" ] ||
+    kubectl -n kube-system rollout status deployment/coredns --timeout=60s >/dev/null || die "CoreDNS does not start"
   echo "cluster: $n nodes Ready after $((SECONDS - t)) s"
   echo "cluster: KUBECONFIG=$RUN/kubeconfig   (or: $here/cluster.sh k get pods -A)"
 }
@@ -65,7 +68,7 @@ down() {
   [ ${#stops[@]} = 0 ] || wait "${stops[@]}"
   cp_down
   leftovers
-  rm -rf "$RUN"
+  rm -rf "$RUN" 2>/dev/null || [ -z "$(ls -A "$RUN")" ] || die "$RUN does not go away" # it may be a mount point
   echo "cluster: gone after $((SECONDS - t)) s"
 }
 
@@ -83,7 +86,7 @@ main() {
     load) shift; load "$@" ;;
     daemon) daemon; load ;;
     deps) deps ;;
-    images) deps; binaries kubectl; images ;;
+    images) deps; binaries kubectl coredns; images ;;
     *) usage; exit 2 ;;
   esac
 }

@@ -81,7 +81,7 @@ cp_up() {
     --leader-elect=false --bind-address=127.0.0.1 --profiling=false --v=1
   # Anybody may read the keys that sign service account tokens, as at the public OIDC endpoint of a real cluster. The
   # daemon trusts the lab's AWS by the ConfigMap (values.yaml); pods' images hold its authority.
-  kubectl apply -f - >/dev/null <<K
+  kubectl apply -f "$here/coredns.yaml" -f - >/dev/null <<K
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
 metadata: {name: public-service-account-issuer-discovery}

@@ -1,15 +1,18 @@
 # The images that pods use, built from Debian packages and kept in the cache. Sourced.
 #
 #   test.local/pause:1   the sandbox
+#   test.local/coredns:1 DNS of the cluster
 #   test.local/tools:1   busybox, curl, iptables, iproute2
 #   test.local/aws:1     the AWS CLI and boto3
 #
 # All trust the authority of the lab's AWS, and nothing else.
 
 image_dir=$CACHE/images
-image_files() { # and imdsgate's own, when deploy/build-image.sh has made it
+image_files() { # of the cluster itself, and IMAGES or all others that are there; imdsgate's own is made by deploy/build-image.sh
   local n
-  for n in pause tools aws imdsgate; do [ ! -e "$image_dir/$n.tar" ] || printf '%s ' "$image_dir/$n.tar"; done
+  printf '%s ' "$image_dir"/{pause,coredns}.tar
+  [ -z "${IMAGES:-}" ] || { printf '%s ' "$IMAGES"; return; }
+  for n in tools aws imdsgate; do [ ! -e "$image_dir/$n.tar" ] || printf '%s ' "$image_dir/$n.tar"; done
 }
 
 images() (
@@ -18,6 +21,7 @@ images() (
   mkca aws-ca "imdsgate lab AWS" "$image_dir"
   suite=$(. /etc/os-release; echo "$VERSION_CODENAME")
   image pause "$(sha256sum <"$here/pause/main.go")" pause_rootfs '["/pause"]'
+  image coredns "$(cat "$BIN/.coredns.version")" coredns_rootfs '["/coredns"]'
   image tools "$suite" tools_rootfs null
   image aws "$suite" aws_rootfs null
 )
@@ -38,6 +42,8 @@ image() { # NAME KEY BUILDER ENTRYPOINT: unless it is there, built in this way f
 }
 
 pause_rootfs() { mkdir -p "$1" && (cd "$here/.." && CGO_ENABLED=0 GOWORK=off go build -trimpath -ldflags '-s -w' -o "$1/pause" ./cluster/pause); }
+
+coredns_rootfs() { mkdir -p "$1" && cp "$BIN/coredns" "$1"; }
 
 debian() { # DIR PACKAGES: their files; no script of theirs runs
   nice mmdebstrap --variant=extract --mode=root --include="$2" --dpkgopt=path-exclude='/usr/share/doc/*' \

@@ -7,8 +7,8 @@ index() { case ${1:-} in [1-9]) ;; *) die "a node is 1 to 9" ;; esac; }
 # package of every program that is used
 declare -A packages=(
   [containerd]=containerd [runc]=runc [/usr/lib/cni/bridge]=containernetworking-plugins [iptables]=iptables [nft]=nftables
-  [conntrack]=conntrack [ip]=iproute2 [ipset]=ipset [openssl]=openssl [curl]=curl [jq]=jq [mmdebstrap]=mmdebstrap
-  [nsenter]=util-linux [unshare]=util-linux [flock]=util-linux [mount]=mount [pgrep]=procps [fuser]=psmisc
+  [conntrack]=conntrack [ip]=iproute2 [openssl]=openssl [curl]=curl [jq]=jq [mmdebstrap]=mmdebstrap
+  [nsenter]=util-linux [unshare]=util-linux [flock]=util-linux [mount]=mount [pgrep]=procps
   [/etc/ssl/certs/ca-certificates.crt]=ca-certificates
 )
 
@@ -19,7 +19,7 @@ deps() {
   done
   [ ${#missing[@]} = 0 ] && return
   say "installing ${missing[*]}"
-  # containerd and dnsmasq would be started at once; here they only run inside nodes.
+  # containerd would be started at once; here it only runs inside nodes.
   local log; log=$(mktemp)
   { apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends "${missing[@]}"; } >"$log" 2>&1 ||
     { tail -5 "$log" >&2; die "install them by hand: apt-get install -y --no-install-recommends ${missing[*]}"; }
@@ -28,8 +28,8 @@ deps() {
 
 binaries() {
   local b want=("$@")
-  [ $# -gt 0 ] || want=(etcd kube-apiserver kubectl kube-controller-manager kube-scheduler kubelet kube-proxy)
-  for b in "${want[@]}"; do [ -x "$BIN/$b" ] || { say "building Kubernetes once, about 10 minutes"; "$here/bins/build.sh" "${want[@]}" >&2; break; }; done
+  [ $# -gt 0 ] || want=(etcd kube-apiserver kubectl kube-controller-manager kube-scheduler kubelet kube-proxy coredns)
+  for b in "${want[@]}"; do [ -x "$BIN/$b" ] || { say "building Kubernetes once, about 12 minutes"; "$here/bins/build.sh" "${want[@]}" >&2; break; }; done
   # Built each time: the go command knows whether anything changed.
   (cd "$here/.." && CGO_ENABLED=0 GOWORK=off go build -trimpath -buildvcs=false -o "$BIN/fabric" ./cluster/fabric) || die "cannot build the fabric"
 }

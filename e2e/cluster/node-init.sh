@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# node-init.sh ENV: pid 1 of a node
-set -u
+# node-init.sh ENV: pid 1 of a node. What cannot be made private ends it: the next line would change the machine's own.
+set -eu
 . "$1"
 hostname "$N"
 mount --make-rprivate /
@@ -13,7 +13,8 @@ awk '$2 ~ "^/run/netns/" {print $2}' /proc/self/mounts | while read -r m; do umo
 # private /run, /etc (copy on write), /var/lib, /var/log, /opt
 mount -t tmpfs -o mode=755 tmpfs /run
 mkdir -p /run/netns /run/lock
-mount -t overlay overlay -o "lowerdir=/etc,upperdir=$D/etc.up,workdir=$D/etc.wk" /etc
+mkdir /run/etc /run/etc.work
+mount -t overlay overlay -o lowerdir=/etc,upperdir=/run/etc,workdir=/run/etc.work /etc
 mount --bind "$D/varlib" /var/lib
 mount --bind "$D/varlog" /var/log
 mount --bind "$D/opt" /opt
@@ -25,7 +26,7 @@ mkdir -p /etc/cni/net.d
 cp "$D/10-pods.conflist" /etc/cni/net.d/
 # kernel settings that kubelet would write for the whole machine: show it what it wants
 mkdir -p /run/sysctl
-show() { local f=/run/sysctl/${1//\//_}; echo "$2" >"$f"; mount --bind "$f" "/proc/sys/$1"; }
+show() { [ -e "/proc/sys/$1" ] || return 0; local f=/run/sysctl/${1//\//_}; echo "$2" >"$f"; mount --bind "$f" "/proc/sys/$1"; }
 show vm/overcommit_memory 1
 show vm/panic_on_oom 0
 show kernel/panic 10
@@ -35,7 +36,7 @@ show kernel/keys/root_maxbytes 25000000
 mount --make-rshared /
 echo 1 >/proc/sys/net/ipv4/ip_forward
 echo 1 >/proc/sys/net/bridge/bridge-nf-call-iptables
-echo 1 >/proc/sys/net/bridge/bridge-nf-call-ip6tables
+echo 1 >/proc/sys/net/bridge/bridge-nf-call-ip6tables || true # a kernel without IPv6
 if [ -x "$D/boot" ]; then "$D/boot" >>"$D/boot.log" 2>&1 || { echo "the boot script failed: $?" >>"$D/boot.log"; exit 1; }; fi
 containerd --config "$D/containerd.toml" >>"$D/containerd.log" 2>&1 &
 until ctr version >/dev/null 2>&1; do kill -0 $! || exit 1; sleep 0.05; done

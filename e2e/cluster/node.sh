@@ -30,8 +30,19 @@ node_network() {
   for j in 1 2 3 4 5 6 7 8 9; do [ "$j" = "$i" ] || ip -n "$ns" route add fd00:244:"$j"::/64 via fd00:30::1"$j"; done
 }
 
+# Not on another overlay, as the root of most containers is one.
+overlay_works() { # DIR
+  local d ok=0
+  d=$(mktemp -d "$1/overlay-XXXXXX")
+  mkdir "$d"/{lower,upper,work,merged}
+  unshare --mount mount -t overlay overlay -o "lowerdir=$d/lower,upperdir=$d/upper,workdir=$d/work" "$d/merged" 2>/dev/null || ok=1
+  rm -rf "$d"
+  return $ok
+}
+
 node_config() {
-  local i=$1 N=node$1 D=$RUN/node$1 ip=172.30.0.1$1 ips=172.30.0.1$1 cidrs=10.244.0.0/16
+  local i=$1 N=node$1 D=$RUN/node$1 ip=172.30.0.1$1 ips=172.30.0.1$1 cidrs=10.244.0.0/16 snapshotter=${SNAPSHOTTER:-}
+  [ -n "$snapshotter" ] || { overlay_works "$D" && snapshotter=overlayfs; } || snapshotter=native
   local ranges='[{"subnet":"10.244.'$i'.0/24"}]' routes='{"dst":"0.0.0.0/0"}'
   if [ -n "${DUAL_STACK:-}" ]; then
     ranges+=',[{"subnet":"fd00:244:'$i'::/64"}]' routes+=',{"dst":"::/0"}' ips+=,fd00:30::1$i cidrs+=,fd00:244::/32
@@ -60,7 +71,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs","io.containerd.snapshot
     bin_dir = "/usr/lib/cni"
     conf_dir = "/etc/cni/net.d"
   [plugins."io.containerd.grpc.v1.cri".containerd]
-    snapshotter = "${SNAPSHOTTER:-overlayfs}"
+    snapshotter = "$snapshotter"
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
       runtime_type = "io.containerd.runc.v2"
       [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
@@ -84,7 +95,7 @@ tlsCertFile: $PKI/kubelet-server-$N.crt
 tlsPrivateKeyFile: $PKI/kubelet-server-$N.key
 oomScoreAdj: 0
 clusterDomain: cluster.local
-clusterDNS: [$(cluster_dns)]
+clusterDNS: [10.96.0.10]
 resolvConf: /etc/resolv.conf
 volumePluginDir: /var/lib/kubelet/volumeplugins
 evictionHard: {"memory.available": "100Mi", "nodefs.available": "1%", "nodefs.inodesFree": "1%", "imagefs.available": "1%", "imagefs.inodesFree": "1%"}
@@ -104,7 +115,7 @@ oomScoreAdj: 0
 conntrack: {maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}
 K
   cat >"$D/env" <<K
-N=$N D=$D BIN=$BIN DATA=$DATA CGROUPS="$CGROUPS" SNAPSHOTTER=${SNAPSHOTTER:-overlayfs} IMAGES="${IMAGES:-$(image_files)}"
+N=$N D=$D BIN=$BIN DATA=$DATA CGROUPS="$CGROUPS" SNAPSHOTTER=$snapshotter IMAGES="$(image_files)"
 K
   case ${BOOT:-} in
     "") ;;
@@ -115,8 +126,6 @@ K
     *) install -m 755 "$BOOT" "$D/boot" ;;
   esac
 }
-
-cluster_dns() { echo 172.30.0.1; }
 
 cgroup_of() { # CONTROLLER NODE: nested under our own, so that whoever accounts for us accounts for it
   local own; own=$(awk -F: -v c="$1" '$2==c{print $3}' /proc/self/cgroup)
@@ -139,7 +148,7 @@ node_start() {
   node_stop "$i"
   [ -d /sys/fs/cgroup/memory ] || die "this machine has only cgroup v2, with which the nodes were never tried: boot with systemd.unified_cgroup_hierarchy=0"
   . "$RUN/options"
-  mkdir -p "$D"/{etc.up,etc.wk,varlib/containerd,varlib/kubelet,varlib/cni,varlog,opt/cni}
+  mkdir -p "$D"/{varlib/containerd,varlib/kubelet,varlib/cni,varlog,opt/cni}
   node_network "$i"
   mkcert kubelet-$N /O=system:nodes/CN=system:node:$N clientAuth
   mkcert kubelet-server-$N /O=system:nodes/CN=system:node:$N serverAuth "IP:172.30.0.1$i,DNS:$N"
@@ -193,7 +202,7 @@ node_ready() {
 stamp() { echo "/var/lib/containerd/imported-$(basename "$1")-$(stat -c %i-%Y "$1")"; }
 load() {
   local i f files=("$@")
-  [ $# -gt 0 ] || read -ra files <<<"${IMAGES:-$(image_files)}"
+  [ $# -gt 0 ] || read -ra files <<<"$(image_files)"
   for i in 1 2 3 4 5 6 7 8 9; do
     alive "$RUN/node$i/init" || continue
     for f in "${files[@]}"; do

@@ -2,11 +2,14 @@ package clustertest_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -111,10 +114,21 @@ func TestClusterUp(t *testing.T) {
 	}
 	pods, err := shared.Pods(ctx, ns, "app=pod")
 	must(t, err)
-	p := pods["node1"]
-	if out, err := shared.Exec(ctx, ns, p.Name, "getent", "hosts", "sts.us-east-1.amazonaws.com"); err != nil || !strings.Contains(out, control.AWS.String()) {
-		t.Errorf("STS in a pod: %v %s", err, out)
+	for node, p := range pods {
+		for name, want := range map[string]string{
+			"kubernetes.default.svc.cluster.local": "10.96.0.1 ",
+			"kube-dns.kube-system":                 "10.96.0.10 ",
+			"sts.us-east-1.amazonaws.com":          control.AWS.String() + " ",
+		} {
+			if out, err := shared.Exec(ctx, ns, p.Name, "getent", "hosts", name); err != nil || !strings.HasPrefix(out, want) {
+				t.Errorf("%s in a pod on %s: %v %q, want %s", name, node, err, out, want)
+			}
+		}
+		if out, err := shared.Exec(ctx, ns, p.Name, "getent", "hosts", "nobody.example"); err == nil {
+			t.Errorf("nobody.example in a pod on %s: %q", node, out)
+		}
 	}
+	p := pods["node1"]
 	// One node's pod reaches another's, and the API server by its service's address.
 	if _, err := shared.Exec(ctx, ns, p.Name, "ping", "-c1", "-W2", pods["node2"].Status.PodIP); err != nil {
 		t.Error(err)
@@ -164,13 +178,30 @@ func TestClusterDualStack(t *testing.T) {
 	c.AssertUntouched(t, mark, imds.Expected{NodeRole: true})
 }
 
-// Down finds what it must remove even when nobody remembers what there was.
+// A cluster whose state is on an overlay, as in most containers, runs pods too. Down finds what it must remove even when nobody
+// remembers what there was.
 func TestClusterLeavesNothing(t *testing.T) {
 	ctx := t.Context()
-	const name = "imdsgate-left"
-	c, err := clustertest.Up(ctx, clustertest.Options{Name: name, Nodes: 1})
+	const name, dir = "imdsgate-left", "/var/tmp/imdsgate-left"
+	must(t, os.MkdirAll(dir, 0o700))
+	layers := t.TempDir()
+	options := fmt.Sprintf("lowerdir=%[1]s/lower,upperdir=%[1]s/upper,workdir=%[1]s/work", layers)
+	for _, layer := range []string{"lower", "upper", "work"} {
+		must(t, os.Mkdir(filepath.Join(layers, layer), 0o700))
+	}
+	must(t, syscall.Mount("overlay", dir, "overlay", 0, options))
+	var c *clustertest.Cluster
+	t.Cleanup(func() {
+		if t.Failed() && c != nil {
+			c.Down(context.Background())
+		}
+		if err := errors.Join(syscall.Unmount(dir, 0), os.Remove(dir)); err != nil {
+			t.Error(err)
+		}
+	})
+	c, err := clustertest.Up(ctx, clustertest.Options{Name: name, Nodes: 1, Images: []string{"tools"}})
 	must(t, err)
-	must(t, c.Apply(ctx, workload("default", "default", false)))
+	must(t, c.Apply(ctx, strings.ReplaceAll(workload("default", "default", false), "aws:1", "tools:1")))
 	_, err = c.Kubectl(ctx, "rollout", "status", "-n", "default", "daemonset/default", "--timeout=60s")
 	must(t, err)
 	list := func(command string) []string {
@@ -183,14 +214,14 @@ func TestClusterLeavesNothing(t *testing.T) {
 	if len(pids) < 10 || len(list(cgroups)) == 0 {
 		t.Fatalf("a cluster of %d processes", len(pids))
 	}
-	list("rm /var/tmp/" + name + "/*/*.pid /var/tmp/" + name + "/node1/cgroups")
+	list("rm " + dir + "/*/*.pid " + dir + "/node1/cgroups")
 	must(t, c.Down(ctx))
 	for _, pid := range pids {
 		if stat, err := os.ReadFile("/proc/" + pid + "/stat"); err == nil && !strings.Contains(string(stat), ") Z ") {
 			t.Errorf("still there: %s", stat)
 		}
 	}
-	if left := list("ls -d /run/netns/" + name + "-* /var/tmp/" + name + " 2>/dev/null; grep -o '/var/tmp/" + name + "[^ ]*' /proc/self/mounts; " + cgroups + " || true"); len(left) != 0 {
+	if left := list("ls -d /run/netns/" + name + "-* 2>/dev/null; ls -A " + dir + "; grep -o '" + dir + "/[^ ]*' /proc/self/mounts; " + cgroups + " || true"); len(left) != 0 {
 		t.Errorf("still there: %v", left)
 	}
 }

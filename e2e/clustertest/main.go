@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"path/filepath"
 	"testing"
 	"time"
 )
@@ -16,7 +17,7 @@ func Main(m *testing.M, o Options, use func(*Cluster)) int {
 	// The first time Kubernetes is built.
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)
 	defer cancel()
-	_, err := os.Stat(o.runDir())
+	_, err := os.Stat(filepath.Join(o.runDir(), "options"))
 	keep := err == nil || os.Getenv("CLUSTER_KEEP") != ""
 	c, err := Up(ctx, o)
 	if err != nil {
