@@ -8,7 +8,6 @@ import (
 	"iter"
 	"log/slog"
 	"maps"
-	"math"
 	"math/rand/v2"
 	"runtime/debug"
 	"slices"
@@ -17,7 +16,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"golang.org/x/time/rate"
 )
 
 const (
@@ -41,7 +39,7 @@ type Options struct {
 	Live func() iter.Seq2[Key, bool]
 	// Encode is called once per issued credentials; its result is their Document. Nil: no document.
 	Encode func(Credentials) []byte
-	// Rate is both the issue calls a second and their burst (at least 1). Zero: 10.
+	// Rate is both the issue calls a second and their burst (at least 1). Zero: 10. An issuer that throttles makes it less for a while.
 	Rate float64
 	// Dir keeps what was issued for the next run, see Restore. Empty: nothing is kept.
 	Dir     string
@@ -55,7 +53,7 @@ type Cache struct {
 	live    func() iter.Seq2[Key, bool]
 	encode  func(Credentials) []byte
 	log     *slog.Logger
-	bucket  *rate.Limiter
+	pace    pace
 	metrics metrics
 	wake    chan struct{} // of capacity 1: tells Run to look again at everything
 
@@ -90,7 +88,7 @@ func New(o Options) *Cache {
 		live:    o.Live,
 		encode:  o.Encode,
 		log:     o.Log,
-		bucket:  rate.NewLimiter(rate.Limit(limit), int(math.Ceil(limit))),
+		pace:    newPace(limit),
 		wake:    make(chan struct{}, 1),
 		entries: make(map[Key]*entry),
 		dir:     o.Dir,
@@ -307,21 +305,23 @@ func (c *Cache) next(now time.Time) (start []*entry, sleep time.Duration) {
 		c.due = append(c.due, e)
 	}
 	slices.SortFunc(c.due, byUrgency)
+	c.pace.adjust(now)
+	bucket := c.pace.bucket
 	for _, e := range c.due {
 		background := e.waiters == 0
 		if background && c.background == maxBackground {
 			break // the end of one of them wakes Run
 		}
 		need := 1.0
-		if background && c.bucket.Burst() > 1 {
+		if background && bucket.Burst() > 1 {
 			need = 2 // the last token is for a request, which then need not wait for the next
 		}
-		if tokens := c.bucket.TokensAt(now); tokens < need {
-			refill := time.Duration((need - tokens) / float64(c.bucket.Limit()) * float64(time.Second))
+		if tokens := bucket.TokensAt(now); tokens < need {
+			refill := time.Duration((need - tokens) / float64(bucket.Limit()) * float64(time.Second))
 			sleep = min(sleep, refill+time.Millisecond)
 			break
 		}
-		c.bucket.AllowN(now, 1)
+		bucket.AllowN(now, 1)
 		e.issuing, e.background = true, background
 		if background {
 			c.background++
@@ -372,7 +372,12 @@ func (c *Cache) finish(ctx context.Context, e *entry, v *value, err error) {
 		e.value, e.err, e.failures, e.retryAt = v, nil, 0, time.Time{}
 	} else {
 		retryIn = backOff(e.failures, rand.Float64())
-		e.err, e.failures, e.retryAt = err, e.failures+1, now.Add(retryIn) // the value stays: invariant 4
+		e.err, e.retryAt = err, now.Add(retryIn) // the value stays: invariant 4
+		if refused, ok := errors.AsType[*IssueError](err); ok && refused.Throttled {
+			c.pace.throttled(now) // it says when to try again, and who goes first then: the key has not failed
+		} else {
+			e.failures++
+		}
 	}
 	close(e.changed)
 	e.changed = make(chan struct{})

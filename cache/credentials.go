@@ -107,8 +107,10 @@ type Issuer interface {
 type IssueError struct {
 	Code   string // STS's error code, such as AccessDenied; empty when no answer came
 	Denied bool   // STS answered and refused: somebody must change a policy or an annotation. False: trying again may help
-	Hint   string // what to change; empty when there is nothing to say
-	Err    error
+	// Throttled: STS gets too many requests, of this node or of others of the account. The cache then asks less often.
+	Throttled bool
+	Hint      string // what to change; empty when there is nothing to say
+	Err       error
 }
 
 func (e *IssueError) Error() string {

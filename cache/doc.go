@@ -13,18 +13,19 @@
 //     TestLeavingDoesNotCancel, TestIssueTimeout.
 //  4. A failed refresh never removes or overwrites a value that is still valid. A value is served until 60 s before it
 //     expires and never after. TestFailedRefreshKeepsValue, TestNeverServedInLastMinute, TestRandomSchedules.
-//  5. A value is refreshed at half its life ±10 %, so that answers normally carry at least 20 min.
-//     TestRefreshAtHalfLife, TestRefreshLeavesTwentyMinutes.
+//  5. A value is refreshed at half its life ±10 %, so that answers normally carry at least 20 min: 2 calls a key and hour with
+//     sessions of 1 h. TestRefreshAtHalfLife, TestRefreshLeavesTwentyMinutes, TestCallsOfADay.
 //  6. Errors are remembered with a jittered back-off of 1 s doubling to 60 s, until [Cache.Retry]. A token bucket bounds the
 //     issue calls of the node. Keys that a request waits for go first, then those that expire soonest, then prefetch.
+//     An issuer that throttles is asked less often, by the whole node. TestPace, TestThrottledKeyStaysFirst, TestThunderingStart.
 //     TestBackOff, TestRememberedError, TestRetry, TestRate, TestAskedKeyComesFirst, TestAskedKeysInOrder, TestHangingIssuesStarveNobody.
 //  7. Memory is bounded by the live keys: a key goes with its last pod. TestEviction, TestSharedKey.
 //  8. A value ends by the monotonic or by the wall clock, whichever is earlier. TestBothClocks, TestWallClockJump, TestClockAhead.
 //  9. No secret is reachable through fmt, slog, encoding/json or a metric. TestRedaction.
 //  10. What an earlier run kept is served for exactly its key, once that is live or asked for, until its session ends by any
-//     clock, and is refreshed when it would have been: a restart calls no issuer. Neither a file nor a value outlives its session
-//     or, once that was known, its last pod. No file and no disk can fail or delay an issue. TestRestart, TestRestarts,
-//     TestRestoredOfNobody, TestEvictionRemovesFile, TestUnusableFiles, TestUnusableDirectory, TestForeignOwner,
+//     clock, and is refreshed when it would have been: neither a restart nor an update calls an issuer. Neither a file nor a
+//     value outlives its session or, once that was known, its last pod. No file and no disk can fail or delay an issue.
+//     TestRestart, TestRestarts, TestCallsOfADay, TestRollOutOfEveryNode, TestRestoredOfNobody, TestEvictionRemovesFile, TestUnusableFiles, TestUnusableDirectory, TestForeignOwner,
 //     TestFailingDirectory, TestFailingFile, TestKeptAtTheEnd, TestClocksAcrossRestart, TestFileNameHoldsEveryField,
 //     TestTwoInstances, FuzzRestore.
 //

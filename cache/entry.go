@@ -2,9 +2,10 @@ package cache
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"time"
 )
 
@@ -54,7 +55,7 @@ func newValue(creds Credentials, duration, age time.Duration, now time.Time, enc
 		creds = creds.withDocument(encode(creds))
 	}
 	life := left + age
-	refresh := min(jittered(life/2, rand.Float64()), life-margin) - age // with little left the end of serving comes before half life
+	refresh := min(jittered(life/2, spread(creds.AccessKeyID)), life-margin) - age // with little left the end of serving comes before half life
 	return &value{
 		creds:          creds,
 		serveUntil:     now.Add(left - margin),
@@ -62,6 +63,13 @@ func newValue(creds Credentials, duration, age time.Duration, now time.Time, enc
 		refreshAt:      now.Add(refresh),
 		refreshAtWall:  now.Round(0).Add(refresh),
 	}, nil
+}
+
+// spread is a number in [0, 1) that a session always has: after a restart, and in both instances during an update, it is
+// refreshed when it would have been.
+func spread(accessKeyID string) float64 {
+	sum := sha256.Sum256([]byte(accessKeyID))
+	return float64(binary.BigEndian.Uint64(sum[:])>>11) / (1 << 53)
 }
 
 func (v *value) servable(now time.Time) bool {

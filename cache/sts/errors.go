@@ -58,9 +58,9 @@ func (s *STS) failure(op string, key cache.Key, err error, token string) *cache.
 	hint := oneLine(s.hint(op, key, refusal{code, message, token}), maxHint)
 	return &cache.IssueError{
 		Code:   code,
-		Denied: denied(code, message, status(err)),
-		Hint:   hint,
-		Err:    &failure{text: oneLine(text+": "+code+": "+message, min(maxText, maxShown-len(hint))), err: err},
+		Denied: denied(code, message, status(err)), Throttled: throttled(code, status(err)),
+		Hint: hint,
+		Err:  &failure{text: oneLine(text+": "+code+": "+message, min(maxText, maxShown-len(hint))), err: err},
 	}
 }
 
@@ -114,13 +114,18 @@ func codeLabel(err error) string {
 	return codeOther
 }
 
+// throttled tells that STS gets more requests than it answers.
+func throttled(code string, status int) bool {
+	return status == 429 || strings.Contains(code, "Throttl") ||
+		code == "RequestLimitExceeded" || code == "TooManyRequestsException" || code == "SlowDown"
+}
+
 // denied tells a refusal that stands until somebody changes a policy or an annotation from one that may pass.
 func denied(code, message string, status int) bool {
 	switch {
-	case status >= 500, status == 429, status == 408, ownCredentialsRefused(code):
+	case status >= 500, status == 408, ownCredentialsRefused(code), throttled(code, status):
 		return false
-	case strings.Contains(code, "Throttl"), code == "RequestLimitExceeded", code == "TooManyRequestsException", code == "SlowDown",
-		code == "ServiceUnavailable", code == "InternalFailure", code == "InternalError",
+	case code == "ServiceUnavailable", code == "InternalFailure", code == "InternalError",
 		code == "IDPCommunicationError", code == "RequestExpired", code == "RequestTimeout":
 		return false
 	case code == "InvalidIdentityToken" && strings.Contains(message, "verification key"):

@@ -374,6 +374,9 @@ func TestClassification(t *testing.T) {
 			if e.Code != tt.code || e.Denied != tt.denied {
 				t.Errorf("code %q, denied %v, want %q, %v", e.Code, e.Denied, tt.code, tt.denied)
 			}
+			if want := strings.HasPrefix(tt.code, "Throttling") || tt.status == 429; e.Throttled != want {
+				t.Errorf("throttled %v, want %v", e.Throttled, want)
+			}
 			if want := op + " " + role + ": " + tt.code + ": " + tt.message; e.Err.Error() != want {
 				t.Errorf("text %q, want %q", e.Err, want)
 			}
