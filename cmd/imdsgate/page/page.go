@@ -21,12 +21,11 @@ import (
 	"github.com/imdsgate/imdsgate/proxy"
 )
 
-var (
-	//go:embed page.html
-	source string
-	//go:embed style.css
-	style string
-)
+//go:embed page.html
+var source string
+
+//go:embed style.css
+var style string
 
 // maxQuery bounds the filter, in bytes.
 const maxQuery = 200
@@ -50,8 +49,8 @@ type Page struct {
 // New returns the page of a source.
 func New(view Source) (*Page, error) {
 	t, err := template.New("page").Funcs(template.FuncMap{
-		"span": Span, "last": lastSegment, "dict": func(v *shown, p Pod) row { return row{v, p} },
-	}).Parse(source)
+		"last": lastSegment, "row": func(v *shown, p Pod) row { return row{v, p} },
+	}).Parse(strings.Replace(source, "/* style.css */", style, 1))
 	if err != nil {
 		return nil, fmt.Errorf("parse the status page: %w", err)
 	}
@@ -126,7 +125,6 @@ func Local(address string, next http.Handler) http.Handler {
 // shown is a View with what the request asks to see of it.
 type shown struct {
 	*View
-	Style   template.CSS
 	Query   string
 	Show    string // all, attention, served or rest
 	Refresh int    // seconds; 0: off
@@ -136,7 +134,6 @@ type shown struct {
 	Attention int
 	Bad       []Finding // of the rules, what is not as it should be
 	ByIP      map[netip.Addr]string
-	values    url.Values
 }
 
 type tab struct {
@@ -153,7 +150,7 @@ type row struct {
 
 func show(v *View, q url.Values) *shown {
 	s := &shown{
-		View: v, Style: template.CSS(style), Query: strings.ToValidUTF8(strings.TrimSpace(q.Get("q")), ""), Show: q.Get("show"),
+		View: v, Query: strings.ToValidUTF8(strings.TrimSpace(q.Get("q")), ""), Show: q.Get("show"),
 		ByIP: make(map[netip.Addr]string),
 	}
 	s.Query = strings.ToValidUTF8(s.Query[:min(len(s.Query), maxQuery)], "")

@@ -65,7 +65,7 @@ type Credentials struct {
 // Status is a pod's state in a word.
 type Status string
 
-// The states, in the order of the page.
+// The states.
 const (
 	Failing   Status = "failing"       // it may have the role, but STS gives no credentials for it
 	Refused   Status = "refused"       // it may not have a role
@@ -78,7 +78,10 @@ const (
 	Ended     Status = "ended"
 )
 
-var order = []Status{Failing, Refused, Stale, Waiting, Served, NoRole, Elsewhere, HostNet, Ended}
+// rank is a state's place on the page: first what somebody should look at.
+func (s Status) rank() int {
+	return slices.Index([]Status{Failing, Refused, Stale, Waiting, Served, NoRole, Elsewhere, HostNet, Ended}, s)
+}
 
 // Attention says that somebody should look.
 func (s Status) Attention() bool { return s == Failing || s == Refused || s == Stale }
@@ -177,7 +180,7 @@ func Words(err error) (text, fix string) {
 // Sort puts first what somebody should look at.
 func Sort(list []Pod) {
 	slices.SortStableFunc(list, func(a, b Pod) int {
-		return cmp.Or(cmp.Compare(slices.Index(order, a.Status), slices.Index(order, b.Status)),
+		return cmp.Or(cmp.Compare(a.Status.rank(), b.Status.rank()),
 			strings.Compare(a.Namespace, b.Namespace), strings.Compare(a.Name, b.Name))
 	})
 }
