@@ -309,7 +309,7 @@ func (q request) credentialsFailed(c *Caller, err error) answer {
 // headerValues are ready values of headers; net/http does not write to them.
 type headerValues struct {
 	server, plain, close, retry, allowGet, allowPut []string
-	lengths                                         [8 << 10]atomic.Pointer[[1]string] // decimal numbers, once they have been needed
+	lengths                                         [256]atomic.Pointer[length]
 }
 
 func newHeaderValues() *headerValues {
@@ -319,17 +319,22 @@ func newHeaderValues() *headerValues {
 	}
 }
 
-// length is kept for the few lengths that answers have: all of them would be 8,192 objects for each collection to look at.
+// length is a number and what a header calls it.
+type length struct {
+	n     int
+	value [1]string
+}
+
+// length makes a value once for each of the few lengths that answers have. All of them would be thousands of objects for every
+// collection to look at.
 func (v *headerValues) length(n int) []string {
-	if n >= len(v.lengths) {
-		return []string{strconv.Itoa(n)}
+	place := &v.lengths[n%len(v.lengths)]
+	l := place.Load()
+	if l == nil || l.n != n {
+		l = &length{n, [1]string{strconv.Itoa(n)}}
+		place.Store(l)
 	}
-	ready := v.lengths[n].Load()
-	if ready == nil {
-		ready = &[1]string{strconv.Itoa(n)}
-		v.lengths[n].Store(ready)
-	}
-	return ready[:]
+	return l.value[:]
 }
 
 func (s *Server) write(w http.ResponseWriter, r *http.Request, rt *route, a answer) int {
