@@ -102,8 +102,8 @@ type source struct {
 // processor needs, so that one source alone cannot keep it busy, and far from what an application asks for.
 const (
 	costAnswer  = 75 * time.Microsecond  // 13,333 a second: a load test of one pod
-	costToken   = 200 * time.Microsecond // the PUT
-	costConn    = 200 * time.Microsecond
+	costToken   = 100 * time.Microsecond // the PUT
+	costConn    = 100 * time.Microsecond
 	costRefusal = 500 * time.Microsecond
 	credit      = 50 * time.Millisecond  // what may be used at once: the others wait for as long
 	maxWait     = 300 * time.Millisecond // more than all connections of a source are worth, below a client's patience

@@ -258,8 +258,8 @@ func TestBudgets(t *testing.T) {
 		rate  int
 		waits bool
 	}{
-		"hits": {costAnswer, 13_000, false}, "more hits": {costAnswer, 20_000, true}, "tokens": {costToken, 4_900, false},
-		"connections": {costConn, 4_000, false}, "refusals": {costRefusal, 3_000, true},
+		"hits": {costAnswer, 13_000, false}, "more hits": {costAnswer, 20_000, true}, "tokens": {costToken, 9_900, false},
+		"connections": {costConn, 9_900, false}, "refusals": {costRefusal, 3_000, true},
 	} {
 		s, now, waited := &source{}, time.Now(), false
 		for range 2 * tc.rate {
