@@ -124,6 +124,13 @@ func TestGuardFirst(t *testing.T) {
 	if code := exitCode(err, &stderr); code != 1 {
 		t.Errorf("exit code %d, want 1", code)
 	}
+	for _, args := range [][]string{{}, {"-node=n", "-port=many"}, {"-nodename=n"}, {"-node=n", "-host-ip=127.0.0.1", "-session-duration=1s"}} {
+		closed := false
+		a.closeEndpoint = func(context.Context, *Config, *slog.Logger) error { closed = true; return nil }
+		if err := a.run(t.Context(), args, env()); exitCode(err, &stderr) != 2 || !closed {
+			t.Errorf("%q: %v, and the endpoint is closed: %v", args, err, closed)
+		}
+	}
 }
 
 // TestOneShotTypo: asking what is wrong, with a typing error, changes nothing on the node.
