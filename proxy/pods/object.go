@@ -1,6 +1,7 @@
 package pods
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -16,10 +17,8 @@ import (
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
-	"k8s.io/apimachinery/pkg/runtime/serializer/streaming"
 	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/apimachinery/pkg/watch"
-	restwatch "k8s.io/client-go/rest/watch"
 )
 
 const (
@@ -30,10 +29,13 @@ const (
 	openTimeout = 30 * time.Second
 	// minWatch is how long an API server keeps a watch open at least; at most, twice that.
 	minWatch = 5 * time.Minute
+	// usualEvent has room for most events; etcd takes no object that maxEvent has not.
+	usualEvent, maxEvent = 4 << 10, 16 << 20
 )
 
 // follower watches one object by its name. A full node has hundreds of these, so it is made of little: one goroutine, which
-// reads the stream itself. client-go's reflector, made for lists of any length, was measured at 86 KiB for each object.
+// reads the stream itself, waits without a buffer and, by few and small frames, on a stack of 4 KiB. client-go's reflector, made
+// for lists of any length, was measured at 86 KiB for each object.
 type follower[O metav1.Object] struct {
 	*following
 	pods     *Pods
@@ -42,6 +44,13 @@ type follower[O metav1.Object] struct {
 	decode   func(O) object
 	selector string
 	version  string // up to which the object is known; empty: not at all
+	pauses   *wait.Backoff
+	began    time.Time // the present watch
+
+	seen   bool // in the present stream
+	frames io.ReadCloser
+	events runtime.Decoder
+	object runtime.Decoder // in an event
 }
 
 // follow keeps u up to date until ctx is done.
@@ -52,16 +61,22 @@ func follow[O metav1.Object](ctx context.Context, p *Pods, resource string, u *u
 		pods:      p, used: u, list: list, decode: decode, selector: selector,
 	}
 	defer p.failures.end(f.following)
-	for pauses := p.pauses(); ctx.Err() == nil; {
-		begin := time.Now()
-		if err := f.watch(ctx); err == nil && time.Since(begin) > time.Second {
-			pauses = p.pauses() // the server's time for a watch was over
-			continue
-		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(pauses.Step()):
-		}
+	f.pauses = p.pauses()
+	for ctx.Err() == nil {
+		f.began = time.Now()
+		f.pause(ctx, f.watch(ctx))
+	}
+}
+
+// pause waits after a failure, and after streams that ended too soon to be the server's time for a watch.
+func (f *follower[O]) pause(ctx context.Context, err error) {
+	if err == nil && time.Since(f.began) > time.Second {
+		f.pauses = f.pods.pauses()
+		return
+	}
+	select {
+	case <-ctx.Done():
+	case <-time.After(f.pauses.Step()):
 	}
 }
 
@@ -77,30 +92,46 @@ func (p *Pods) pauses() *wait.Backoff {
 // watch follows the object as long as one stream lasts. The stream begins with the object as it is now or, if the last one
 // ended in order, where that did. An API server that knows no such streams is asked for a list first.
 func (f *follower[O]) watch(ctx context.Context) error {
-	events, end, err := f.open(ctx)
-	if status := apierrors.APIStatus(nil); f.version == "" && errors.As(err, &status) {
-		if err = f.relist(ctx); err == nil {
-			events, end, err = f.open(ctx)
-		}
-	}
-	if err == nil {
-		err = f.read(events)
-		end()
-	}
+	end, err := f.begin(ctx)
 	if err != nil {
 		f.version = ""
+		return err
 	}
-	return err
+	defer end()
+	for {
+		_, err := f.frames.Read(nil) // here it waits
+		if errors.Is(err, io.ErrShortBuffer) {
+			err = f.next()
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			f.version = ""
+			return err
+		}
+	}
 }
 
-// open returns the stream of events, once the API server has agreed to it, and what ends it.
-func (f *follower[O]) open(ctx context.Context) (_ *restwatch.Decoder, end func(), err error) {
+// begin opens the stream of events, if need be after a list.
+func (f *follower[O]) begin(ctx context.Context) (end func(), err error) {
+	end, err = f.open(ctx)
+	if status := apierrors.APIStatus(nil); f.version == "" && errors.As(err, &status) {
+		if err = f.relist(ctx); err == nil {
+			end, err = f.open(ctx)
+		}
+	}
+	return end, err
+}
+
+// open opens the stream and returns, once the API server has agreed to it, what ends it.
+func (f *follower[O]) open(ctx context.Context) (end func(), err error) {
 	defer func() { f.pods.followed(ctx, f.following, "watch", err) }()
 	select {
 	case f.pods.opening <- struct{}{}:
 		defer func() { <-f.pods.opening }()
 	case <-ctx.Done():
-		return nil, nil, ctx.Err()
+		return nil, ctx.Err()
 	}
 	stream, cancel := context.WithCancel(ctx)
 	defer func() {
@@ -122,12 +153,12 @@ func (f *follower[O]) open(ctx context.Context) (_ *restwatch.Decoder, end func(
 	url := f.pods.client.Get().Resource(f.resource).NamespaceIfScoped(ns, ns != "").VersionedParams(o, metav1.ParameterCodec).URL()
 	req, err := http.NewRequestWithContext(stream, http.MethodGet, url.String(), nil)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	req.Header.Set("Accept", runtime.ContentTypeProtobuf+","+runtime.ContentTypeJSON)
 	resp, err := f.pods.client.Client.Do(req)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	defer func() {
 		if err != nil {
@@ -136,48 +167,72 @@ func (f *follower[O]) open(ctx context.Context) (_ *restwatch.Decoder, end func(
 	}()
 	if resp.StatusCode != http.StatusOK {
 		text, _ := io.ReadAll(io.LimitReader(resp.Body, 1<<10))
-		return nil, nil, apierrors.NewGenericServerResponse(resp.StatusCode, "watch", schema.GroupResource{Resource: f.resource}, f.used.name.Name, string(text), 0, true)
+		return nil, apierrors.NewGenericServerResponse(resp.StatusCode, "watch", schema.GroupResource{Resource: f.resource}, f.used.name.Name, string(text), 0, true)
 	}
 	mediaType, params, err := mime.ParseMediaType(resp.Header.Get("Content-Type"))
 	if err != nil {
-		return nil, nil, fmt.Errorf("content type of a watch: %w", err)
+		return nil, fmt.Errorf("content type of a watch: %w", err)
 	}
-	objects, frames, framer, err := f.pods.negotiator.StreamDecoder(mediaType, params)
+	objects, events, framer, err := f.pods.negotiator.StreamDecoder(mediaType, params)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	return restwatch.NewDecoder(streaming.NewDecoder(framer.NewFrameReader(resp.Body), frames), objects), func() { cancel(); resp.Body.Close() }, nil
+	f.seen, f.frames, f.events, f.object = false, framer.NewFrameReader(resp.Body), events, objects
+	return func() {
+		cancel()
+		f.frames.Close()
+	}, nil
 }
 
-// read takes events until the stream ends. nil: in order.
-func (f *follower[O]) read(events *restwatch.Decoder) error {
-	for seen := false; ; {
-		kind, o, err := events.Decode()
-		switch {
-		case errors.Is(err, io.EOF):
-			return nil
-		case err != nil:
-			return err
-		case kind == watch.Error:
-			return apierrors.FromObject(o)
+// next takes the event that has begun to come.
+func (f *follower[O]) next() error {
+	buf := f.pods.buffers.Get().(*bytes.Buffer)
+	defer f.pods.buffers.Put(buf)
+	buf.Reset()
+	for {
+		buf.Grow(usualEvent)
+		n, err := f.frames.Read(buf.AvailableBuffer()[:buf.Available()])
+		buf.Write(buf.AvailableBuffer()[:n])
+		if errors.Is(err, io.ErrShortBuffer) && buf.Len() < maxEvent {
+			continue
 		}
-		m, err := meta.Accessor(o)
 		if err != nil {
 			return err
 		}
-		switch now, ours := f.facts(o); {
-		case kind == watch.Bookmark:
-			if m.GetAnnotations()[metav1.InitialEventsAnnotationKey] == "true" && !seen {
-				f.set(object{})
-			}
-		case ours && kind == watch.Deleted:
-			f.set(object{})
-		case ours:
-			seen = true
-			f.set(now)
-		}
-		f.version = m.GetResourceVersion()
+		break
 	}
+	var e metav1.WatchEvent
+	if _, _, err := f.events.Decode(buf.Bytes(), nil, &e); err != nil {
+		return fmt.Errorf("read an event: %w", err)
+	}
+	o, err := runtime.Decode(f.object, e.Object.Raw)
+	if err != nil {
+		return fmt.Errorf("read the object of an event: %w", err)
+	}
+	return f.apply(watch.EventType(e.Type), o)
+}
+
+func (f *follower[O]) apply(kind watch.EventType, o runtime.Object) error {
+	if kind == watch.Error {
+		return apierrors.FromObject(o)
+	}
+	m, err := meta.Accessor(o)
+	if err != nil {
+		return err
+	}
+	switch now, ours := f.facts(o); {
+	case kind == watch.Bookmark:
+		if m.GetAnnotations()[metav1.InitialEventsAnnotationKey] == "true" && !f.seen {
+			f.set(object{})
+		}
+	case ours && kind == watch.Deleted:
+		f.set(object{})
+	case ours:
+		f.seen = true
+		f.set(now)
+	}
+	f.version = m.GetResourceVersion()
+	return nil
 }
 
 // relist asks for the object as it is now. Version 0 may be answered from the past, and an object missing there would be taken

@@ -1,6 +1,7 @@
 package pods
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -41,6 +42,7 @@ type Pods struct {
 	client     *rest.RESTClient
 	negotiator runtime.ClientNegotiator // reads streams
 	opening    chan struct{}            // has one for each watch that is being opened
+	buffers    sync.Pool                // of events while they are read: most of the time there is none
 	node       string
 	policy     *proxy.Policy
 	log        *slog.Logger
@@ -88,6 +90,7 @@ func New(o Options) (*Pods, error) {
 		client:     client,
 		negotiator: negotiator,
 		opening:    make(chan struct{}, maxOpening),
+		buffers:    sync.Pool{New: func() any { return new(bytes.Buffer) }},
 		node:       o.Node,
 		policy:     o.Policy,
 		log:        o.Log,
