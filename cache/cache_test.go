@@ -334,6 +334,9 @@ func TestUnequalKeysShareNothing(t *testing.T) {
 			} else if owner := r.sts.owner(c); owner != key {
 				t.Errorf("%+v got the credentials of %+v", key, owner)
 			}
+			if c, err := r.Get(t.Context(), key); err != nil || r.sts.owner(c) != key {
+				t.Errorf("who waits for %+v gets those of another key, %v", key, err)
+			}
 		}
 	})
 }
