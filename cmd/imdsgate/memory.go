@@ -13,17 +13,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// How much garbage may gather on top of what lives, in per cent. On a full node 6 MiB live; Go's default of 100 would double
-// that. With 50 the collector runs twice as often, about 15 times a second at 20,000 requests a second, a millisecond each.
-// During the start less is better still: what lives long then lies close together. The environment variable GOGC overrules.
-const (
-	gcPercentStart = 20
-	gcPercent      = 50
-)
-
 // keepSmall is a task that keeps resident memory to what serving needs. The start touches most of the program, reads all pods
 // of the node and opens a watch for each service account. When that is over, and once more when the first credentials have
-// come, what it needed is given back: a full node's daemon has 29 MB then, not 54.
+// come, what it needed is given back: a full node's daemon has 29 MB then, not 54. The environment variable GOGC overrules.
 func (d *daemon) keepSmall(ctx context.Context) error {
 	tuned := os.Getenv("GOGC") == ""
 	if tuned {
@@ -32,26 +24,47 @@ func (d *daemon) keepSmall(ctx context.Context) error {
 	if err := d.pods.WaitSynced(ctx); err != nil {
 		return ctx.Err()
 	}
-	for _, pause := range []time.Duration{2 * time.Second, 28 * time.Second} {
+	tick := time.NewTicker(lookEvery)
+	defer tick.Stop()
+	var c collector
+	for second := 1; ; second++ {
 		select {
-		case <-time.After(pause):
+		case <-tick.C:
 		case <-ctx.Done():
 			return ctx.Err()
 		}
-		debug.FreeOSMemory()
-		if err := releaseProgram(); err != nil {
-			d.log.DebugContext(ctx, "pages of the program are not given back", "error", err.Error())
+		if second == 2 || second == 30 {
+			debug.FreeOSMemory()
+		}
+		if second == 2 || second%10 == 0 {
+			if err := releaseProgram(programAtRest); err != nil {
+				d.log.DebugContext(ctx, "pages of the program are not given back", "error", err.Error())
+			}
+		}
+		if tuned {
+			c.follow()
 		}
 	}
-	if tuned {
-		debug.SetGCPercent(gcPercent)
-	}
-	<-ctx.Done()
-	return ctx.Err()
 }
 
-// releaseProgram takes code and constants out of this process; what still runs comes back from the page cache as it is used.
-func releaseProgram() error {
+// programAtRest is how many bytes of the program's 20 MB may be mapped before they are given back. Serving needs half of that;
+// each of its pages brings 15 neighbours.
+const programAtRest = 10 << 20
+
+// releaseProgram takes code and constants out of this process if more than so many bytes of files are mapped; what still runs
+// comes back from the page cache as it is used, in a tenth of a millisecond.
+func releaseProgram(atRest int64) error {
+	statm, err := os.ReadFile("/proc/self/statm")
+	if err != nil {
+		return err
+	}
+	var size, resident, mapped int64 // pages; the last is of files
+	if _, err := fmt.Sscan(string(statm), &size, &resident, &mapped); err != nil {
+		return fmt.Errorf("read /proc/self/statm: %w", err)
+	}
+	if mapped*int64(os.Getpagesize()) <= atRest {
+		return nil
+	}
 	exe, err := os.Readlink("/proc/self/exe")
 	if err != nil {
 		return err

@@ -1,0 +1,43 @@
+package main
+
+import (
+	"testing"
+	"time"
+)
+
+func TestCollectorRoom(t *testing.T) {
+	t.Parallel()
+	const mb = 1 << 20
+	var c collector
+	now := time.Unix(1000, 0)
+	allocated := uint64(0)
+	for i, tt := range []struct {
+		after     time.Duration
+		allocates uint64
+		live      uint64
+		heap      int // at which a collection is to begin
+		returned  bool
+	}{
+		{0, 100 * mb, 2 * mb, 6 * mb, false}, // the start's garbage is nobody's use
+		{time.Second, mb, 2 * mb, 6 * mb, false},
+		{time.Second, mb, 8 * mb, 12 * mb, false},
+		{time.Second, 5 * mb, 2 * mb, 18 * mb, false},
+		{time.Second, 0, 2 * mb, 18 * mb, false},
+		{calm - 2*time.Second, 0, 4 * mb, 20 * mb, false},
+		{time.Second, 0, 4 * mb, 8 * mb, true},
+		{time.Second, 0, 4 * mb, 8 * mb, false},
+	} {
+		now, allocated = now.Add(tt.after), allocated+tt.allocates
+		percent, returned := c.look(now, heap{allocated, tt.live})
+		begins := max(int(tt.live)*(100+percent), 4*mb*percent) / 100 // as the runtime has it
+		if begins < tt.heap-mb/10 || begins > tt.heap || returned != tt.returned {
+			t.Errorf("step %d: with %d %% a collection begins at %d, returned %v; want %d, %v", i, percent, begins, returned, tt.heap, tt.returned)
+		}
+	}
+	if percent, _ := c.look(now.Add(time.Second), heap{allocated, 0}); percent != 125 { // 5 MiB
+		t.Errorf("%d %% before the first collection, want 125", percent)
+	}
+	if h := readHeap(); h.allocated == 0 {
+		t.Error("the runtime's metrics have other names")
+	}
+}
