@@ -107,6 +107,16 @@ func paths(n Names) (rs []Request) {
 		/latest/meta-data/iam/security-credentials.json /metadata/identity\oauth2\token/ /metadata\identity\oauth2\token`) {
 		rs = append(rs, Request{Raw: get(p)})
 	}
+	// What is passed through, with what must not go along.
+	for _, p := range strings.Fields(`placement/region placement/availability-zone/ instance-id mac services/domain ami-id`) {
+		for _, t := range []string{
+			"?", "?x=1", "?/../iam/security-credentials/" + n.Node, "?url=http://169.254.169.254/latest/user-data", "?%0d%0aX:%20y", "?#", "?" + strings.Repeat("a", 2000), "/?x", "?\u00e9",
+		} {
+			t = strings.TrimPrefix(t, strings.Repeat("/", strings.Count(p[len(p)-1:], "/")))
+			rs = append(rs, Request{Raw: get("/latest/meta-data/" + p + t), Served: true}, Request{Raw: get("http://169.254.169.254/latest/meta-data/" + p + t), Served: true},
+				Request{Raw: "HEAD /latest/meta-data/" + p + t + v1 + host + "User-Agent: mallory\r\nX-Forwarded-For: " + n.OtherIP + "\r\nCookie: a=b\r\nRange: bytes=0-1\r\n\r\n", Served: true})
+		}
+	}
 	for _, name := range []string{
 		n.Node, n.Node + "/", n.Other, n.Other + "/", "team/" + n.Other, "arn:aws:iam::123456789012:role/" + n.Other, "arn:aws:iam::123456789012:role/" + n.Node,
 		"arn%3aaws%3aiam%3a%3a123456789012%3arole%2f" + n.Node, url.PathEscape(n.Other), "*", ".", "..", "%2e%2e", "../" + n.Node, "..%2f" + n.Node, n.Own + "/../" + n.Node,
