@@ -59,6 +59,9 @@ func (s *STS) hint(op string, key cache.Key, r refusal) string {
 
 const keysHint = "STS must be able to fetch the keys of the cluster's issuer: <issuer>/.well-known/openid-configuration and the jwks_uri in it must be public"
 
+// tokenHint is about a web identity token that could not be had.
+const tokenHint = "imdsgate must be allowed to create tokens of the service account: see the ClusterRole and the admission policy of its chart"
+
 // unansweredHint is about a call that STS did not answer.
 func unansweredHint(err error) string {
 	switch codeLabel(err) {

@@ -247,7 +247,11 @@ func (s *STS) issueWebIdentity(ctx context.Context, key cache.Key) (cache.Creden
 	}
 	token, err := s.tokens.Token(ctx, key.Namespace, key.ServiceAccount, key.Audience)
 	if err != nil {
-		return cache.Credentials{}, asIssueError(err)
+		issueErr := asIssueError(err)
+		if issueErr.Hint == "" {
+			issueErr.Hint = tokenHint
+		}
+		return cache.Credentials{}, issueErr
 	}
 	var out *awssts.AssumeRoleWithWebIdentityOutput
 	err = s.observe(opWebIdentity, func() (err error) {

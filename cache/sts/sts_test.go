@@ -313,7 +313,7 @@ func TestNoToken(t *testing.T) {
 		denied bool
 		want   string
 	}{
-		{"plain", gone, false, "pod is gone really"},
+		{"plain", gone, false, "pod is gone really; fix: " + tokenHint},
 		{"already told", &cache.IssueError{Denied: true, Err: gone}, true, ""},
 	} {
 		s, srv := start(t, Options{WebIdentity: true, Tokens: tokenFunc(func(context.Context, string, string, string) (string, error) {

@@ -119,12 +119,10 @@ func (k *checker) run(ctx context.Context) error {
 	k.issuer, issuerErr = newIssuer(ctx, c, &k.policy, func(ctx context.Context, namespace, serviceAccount, audience string) (string, error) {
 		return k.pods.Token(ctx, namespace, serviceAccount, audience)
 	}, quiet, prometheus.NewRegistry())
-	syncing, cancel := context.WithTimeout(ctx, checkTime)
-	defer cancel()
 	stop, err := k.watchPods(ctx, quiet)
 	if err == nil {
 		defer stop()
-		err = k.pods.WaitSynced(syncing)
+		err = k.waitSynced(ctx)
 	}
 	if namespace != "" || c.All {
 		if k.pods == nil || err != nil && len(k.pods.All()) == 0 {
@@ -136,16 +134,18 @@ func (k *checker) run(ctx context.Context) error {
 		return k.explain(ctx, namespace, name)
 	}
 
+	asking, cancel := context.WithTimeout(ctx, checkTime)
+	defer cancel()
 	k.instance(r)
 	r.result("configuration", nil, "valid")
 	r.result("state", stateDir(c.StateDir), "-state-dir can be used")
 	if err == nil {
-		r.result("pods", k.pods.NodeExists(syncing), fmt.Sprintf("%d pods are bound to node %s; -check -all explains each", len(k.pods.All()), c.Node))
+		r.result("pods", k.pods.NodeExists(asking), fmt.Sprintf("%d pods are bound to node %s; -check -all explains each", len(k.pods.All()), c.Node))
 	} else {
 		r.result("pods", err, "")
 	}
 	if issuerErr == nil {
-		issuerErr = k.issuer.Check(syncing)
+		issuerErr = k.issuer.Check(asking)
 	}
 	r.result("sts", issuerErr, "reachable with "+k.policy.Issuer)
 	if c.Redirect != "none" || c.Guard {
@@ -161,6 +161,20 @@ func (k *checker) run(ctx context.Context) error {
 		return errFindings
 	}
 	return nil
+}
+
+// waitSynced waits for all that counts, but not where the API server keeps refusing: then its error says what.
+func (k *checker) waitSynced(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, checkTime)
+	defer cancel()
+	for failing := false; ; failing = k.pods.Err() != nil {
+		look, stop := context.WithTimeout(ctx, time.Second)
+		err := k.pods.WaitSynced(look)
+		stop()
+		if err == nil || ctx.Err() != nil || failing && k.pods.Err() != nil {
+			return err
+		}
+	}
 }
 
 // instance reports on the one that runs.

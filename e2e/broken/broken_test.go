@@ -12,6 +12,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/imdsgate/imdsgate/e2e/aws"
 	"github.com/imdsgate/imdsgate/e2e/lab"
@@ -275,8 +276,10 @@ func (tt broken) test(t *testing.T, n *lab.Node, d *lab.Daemon) {
 
 	var status int
 	var body string
+	waiting, stop := context.WithTimeout(ctx, 20*time.Second)
+	defer stop()
 	for status != tt.status || !strings.Contains(body, fix) {
-		if ctx.Err() != nil {
+		if waiting.Err() != nil {
 			t.Fatalf("the answer is %d %s", status, body)
 		}
 		status, body = get(ctx, t, asking)

@@ -48,6 +48,12 @@ var others = map[string]other{
 		says:    "the permission to list serviceaccounts is missing, see the ClusterRole of the chart",
 		where:   "page, -check, log; the pod hears 503",
 	},
+	"token": {
+		symptom: "the daemon may not create tokens (RBAC, web-identity)",
+		says:    "the permission to create serviceaccounts/token is missing, see the ClusterRole of the chart",
+		fix:     "imdsgate must be allowed to create tokens of the service account: see the ClusterRole and the admission policy of its chart",
+		where:   "answer 503 and Event CredentialsFailed with the fix alone, page, -check, log",
+	},
 	"foreign rule": {
 		symptom: "a rule that kube2iam or kiam left",
 		says:    "takes the endpoint: ",
@@ -234,6 +240,35 @@ func TestPermissionMissing(t *testing.T) {
 	if err != nil || code != 1 || !strings.Contains(out, others["permission"].says) {
 		t.Errorf("-check ends with %d %v: %s", code, err, out)
 	}
+}
+
+// TestTokenForbidden: a pod's owner is told that it is the operator's to mend, and the operator what.
+func TestTokenForbidden(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t)
+	n := labtest.Node(t, shared, lab.NodeOptions{})
+	if err := n.SetPermissions(ctx, slices.DeleteFunc(slices.Clone(lab.Permissions), func(r rbacv1.PolicyRule) bool {
+		return slices.Contains(r.Resources, "serviceaccounts/token")
+	})); err != nil {
+		t.Fatal(err)
+	}
+	shop := shared.Unique("shop")
+	if err := shared.ServiceAccount(ctx, shop, "cart", map[string]string{roleAnnotation: cart}); err != nil {
+		t.Fatal(err)
+	}
+	p := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart"})
+	d := labtest.Daemon(t, n, "-issuer", "web-identity")
+	o := others["token"]
+	for status, body := 0, ""; status != http.StatusServiceUnavailable || !strings.Contains(body, o.fix); status, body = get(ctx, t, p) {
+		if ctx.Err() != nil {
+			t.Fatalf("the answer is %d %s", status, body)
+		}
+	}
+	e, err := p.WaitEvent(ctx, "CredentialsFailed")
+	if err != nil || !strings.Contains(e.Message, o.fix) {
+		t.Errorf("Event %+v, %v", e, err)
+	}
+	o.tells(t, n, d, p, 1)
 }
 
 // TestForeignRule: the rule of an agent that is gone is named by the page and by -check, and served pods are served on.
