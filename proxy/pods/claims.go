@@ -26,6 +26,10 @@ const (
 	maxWithdrawn = 64   // addresses of one pod's former sandboxes
 )
 
+// reportDelay is how long the API server may go on showing an address that a pod has lost: the kubelet's reports were up to 6 s
+// late on a node that started 80 pods at once.
+const reportDelay = 30 * time.Second
+
 // claim is a CNI result that is in force. Guarded by Pods.mu.
 type claim struct {
 	result
@@ -42,7 +46,14 @@ type claims struct {
 	byIP   map[netip.Addr][]*claim
 	byUID  map[string][]*claim
 	seq    uint64
-	max    int // that are kept
+	max    int     // that are kept
+	losses []*loss // in the order of their ends
+}
+
+// loss is that a sandbox has lost an address, because its result was removed, while its pod still has it by the API server.
+type loss struct {
+	ip  netip.Addr
+	end time.Time // of reportDelay; zero: it has ended
 }
 
 func newClaims() claims {
@@ -58,7 +69,7 @@ func (p *Pods) claim(c *change, file string, is *claim, gone bool) {
 	if was != nil {
 		p.unclaim(c, file, was)
 		if gone {
-			p.withdraw(was)
+			p.withdraw(c, was)
 		}
 	}
 	if is == nil {
@@ -117,17 +128,37 @@ func (p *Pods) dropOldest(c *change) {
 }
 
 // withdraw notes that a pod has lost addresses, whatever the API server still says.
-func (p *Pods) withdraw(cl *claim) {
+func (p *Pods) withdraw(c *change, cl *claim) {
 	r := p.sandboxed(cl)
 	if r == nil {
 		return
 	}
 	for _, ip := range cl.ips {
 		if r.withdrawn == nil || len(r.withdrawn) >= maxWithdrawn {
-			r.withdrawn = make(map[netip.Addr]struct{})
+			r.withdrawn = make(map[netip.Addr]*loss)
 		}
-		r.withdrawn[ip] = struct{}{}
+		l := &loss{ip, time.Now().Add(p.results.delay)}
+		r.withdrawn[ip] = l
+		if p.claims.losses = append(p.claims.losses, l); len(p.claims.losses) > maxResults {
+			p.settle(c, p.claims.losses[0].end)
+		}
 	}
+}
+
+// settle lets the API server's word count again about addresses that were lost so long ago that it must have heard of it.
+func (p *Pods) settle(c *change, now time.Time) {
+	for len(p.claims.losses) > 0 && !p.claims.losses[0].end.After(now) {
+		l := p.claims.losses[0]
+		l.end = time.Time{}
+		p.claims.losses = p.claims.losses[1:]
+		c.touch(l.ip)
+	}
+}
+
+// lost says whether a pod has lost an address so lately that the API server may not have heard of it.
+func (r *resident) lost(ip netip.Addr) bool {
+	l := r.withdrawn[ip]
+	return l != nil && !l.end.IsZero()
 }
 
 // sandboxed finds the pod of a claim. A static pod's mirror has a UID of its own, and names the static pod's in an
@@ -194,7 +225,7 @@ func (p *Pods) claimant(ip netip.Addr) answer {
 func (p *Pods) successor(left *claim, ip netip.Addr) *resident {
 	var last *resident
 	for _, o := range p.byIP[ip] {
-		if o.terminating {
+		if o.terminating || o.lost(ip) {
 			continue
 		}
 		if last != nil {

@@ -34,8 +34,10 @@
 //   - If the API server shows another pod that stays (not terminating) with that IP, the result wins where that pod had a
 //     result for it too: an older one, or one that was removed. Where it never had one, nobody is served.
 //   - Two results of one time for two pods, or an older one that was seen to come later (the clock was set back): nobody is.
-//   - Results for an IP that are gone count no more; then the API server's word stands alone. What cannot be read, is empty or
-//     cut off says nothing until its next event. What is older than the node's boot never does: sandboxes end with it, and
+//   - A pod whose result for an IP is removed has lost it: for 30 s it does not get it back by the API server's word, which was
+//     found to be up to 6 s old. Whoever has the IP next may ask before its own result is read. TestLossEnds
+//   - Otherwise results that are gone count no more; then the API server's word stands alone, at once where the whole directory
+//     goes. What cannot be read, is empty or cut off says nothing until its next event. What is older than the node's boot never does: sandboxes end with it, and
 //     pods that the API server confirms are served on its word.
 //   - A static pod has the UID that its mirror's annotation kubernetes.io/config.mirror holds.
 //   - A file that a runtime left behind, of a pod that is unknown or has ended, does not keep its IP from a pod that came later:
@@ -43,9 +45,10 @@
 //     and has no result of its own. Its sandbox is the later one, and an IP is one sandbox's at a time. Where the file is the
 //     later one the IP is refused, up to the next result for it or boot: its pod may be one that the API server has not told of.
 //
-// Both rest on the node's clock being set back by no more than lies between two holders of an IP; where the two results were
-// seen to come, that is noticed. And they rest on the daemon having read a file, of which inotify tells it at once, before the
-// pod's first container has been made and started: TestScenarioReuse in e2e counts how often that fails.
+// The order of results rests on the node's clock being set back by no more than lies between two holders of an IP; where two
+// results were seen to come, that is noticed. And the daemon must have read of the removal of an IP's last result, which inotify
+// tells at once, before the IP's next holder asks: a runtime frees the IP, makes the next sandbox and starts a container in
+// between. TestLabReuse in e2e leaves out the container.
 //
 // Whoever writes there is believed about who is who. So the directory and each file must belong to root and be writable by
 // nobody else; symbolic links and whatever is no regular file are ignored, as are hard links by another name and what has more

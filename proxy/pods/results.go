@@ -29,6 +29,7 @@ type results struct {
 	dir   string // clean
 	owner uint32 // of the directory and its files: root, in tests whoever runs them
 	boot  func() (time.Time, error)
+	delay time.Duration // reportDelay
 	log   *slog.Logger
 	since time.Time      // when the node booted: what is older is of sandboxes that ended then
 	odd   rate.Sometimes // log lines about single files
@@ -37,7 +38,7 @@ type results struct {
 
 func newResults(p *Pods, dir string) *results {
 	return &results{
-		pods: p, dir: filepath.Clean(dir), boot: bootTime, log: p.log.With("directory", dir), odd: rate.Sometimes{First: 5, Interval: time.Minute},
+		pods: p, dir: filepath.Clean(dir), boot: bootTime, delay: reportDelay, log: p.log.With("directory", dir), odd: rate.Sometimes{First: 5, Interval: time.Minute},
 	}
 }
 
@@ -119,10 +120,14 @@ func (s *results) watch(w *fsnotify.Watcher) (string, error) {
 
 // events applies what happens until the watch must be made anew (nil) or does not work.
 func (s *results) events(ctx context.Context, w *fsnotify.Watcher, watched string) error {
+	settle := time.NewTicker(max(s.delay/10, time.Millisecond))
+	defer settle.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
+		case now := <-settle.C:
+			s.settle(now)
 		case err := <-w.Errors:
 			if errors.Is(err, fsnotify.ErrEventOverflow) {
 				return nil // some were lost; everything is read again
@@ -230,14 +235,20 @@ func (s *results) file(name string) {
 	})
 }
 
-// forget drops everything that was read.
+// forget drops everything that was read, and what was seen to go.
 func (s *results) forget() {
 	p := s.pods
 	p.update(func(c *change) {
 		for file := range p.claims.byFile {
 			p.claim(c, file, nil, false)
 		}
+		p.settle(c, time.Now().Add(s.delay))
 	})
+}
+
+// settle ends what was lost long ago.
+func (s *results) settle(now time.Time) {
+	s.pods.update(func(c *change) { s.pods.settle(c, now) })
 }
 
 // read returns what a file claims, if it may be believed; gone: there is none. What is empty or cut off is being written, or

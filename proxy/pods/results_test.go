@@ -182,7 +182,7 @@ func TestClaims(t *testing.T) {
 		}},
 		{"re-used while the API server still shows the old pod", []step{
 			{"old", func(n *cniNode) { put(n, "a", one); put(n, "b", nil); n.write(a) }, map[string]string{ip: "a as cart"}},
-			{"old one removed", func(n *cniNode) { n.remove(a) }, map[string]string{ip: "a as cart"}},
+			{"old one removed", func(n *cniNode) { n.remove(a) }, map[string]string{ip: "unknown"}},
 			{"new one", func(n *cniNode) { n.write(b) }, map[string]string{ip: "b as cart"}},
 			{"status of the new", func(n *cniNode) { put(n, "b", one) }, map[string]string{ip: "b as cart"}},
 			{"old one ends", func(n *cniNode) { put(n, "a", one, phase(corev1.PodSucceeded)) }, map[string]string{ip: "b as cart"}},
@@ -191,7 +191,32 @@ func TestClaims(t *testing.T) {
 			{"old", func(n *cniNode) { put(n, "a", one); put(n, "b", nil); n.write(a) }, map[string]string{ip: "a as cart"}},
 			{"new one", func(n *cniNode) { n.write(b) }, map[string]string{ip: "b as cart"}},
 			{"old one removed", func(n *cniNode) { n.remove(a) }, map[string]string{ip: "b as cart"}},
-			{"new one removed too", func(n *cniNode) { n.remove(b) }, map[string]string{ip: "a as cart"}},
+			{"new one removed too", func(n *cniNode) { n.remove(b) }, map[string]string{ip: "unknown"}},
+			{"a third by the API server alone", func(n *cniNode) { put(n, "c", one) }, map[string]string{ip: "c as cart"}},
+			{"the first is gone there too", func(n *cniNode) { n.delete(podOf("a", "cart", one)) }, map[string]string{ip: "c as cart"}},
+		}},
+		{"the directory goes: the API server's word alone, at once", []step{
+			{"removed", func(n *cniNode) { put(n, "a", one); n.write(a); n.settle(); n.remove(a) }, map[string]string{ip: "unknown"}},
+			{"all", func(n *cniNode) {
+				n.must(os.RemoveAll(n.dir))
+				poll(n.t, "the API server's word", func() bool { return find(n.Pods, ip) == "a as cart" })
+				n.mkdir()
+			}, map[string]string{ip: "a as cart"}},
+		}},
+		{"lost long ago: the API server has heard of it", []step{
+			{"removed", func(n *cniNode) {
+				put(n, "a", one)
+				n.write(a)
+				n.settle()
+				n.remove(a)
+			}, map[string]string{ip: "unknown"}},
+			{"after the delay", func(n *cniNode) {
+				n.Pods.update(func(c *change) { n.Pods.settle(c, time.Now().Add(reportDelay-time.Second)) })
+				if got := find(n.Pods, ip); got != "unknown" {
+					n.t.Errorf("before the delay's end: %s", got)
+				}
+				n.Pods.update(func(c *change) { n.Pods.settle(c, time.Now().Add(reportDelay)) })
+			}, map[string]string{ip: "a as cart"}},
 		}},
 		{"re-used, the API server tells of the new one first", []step{
 			{"old", func(n *cniNode) { put(n, "a", one); n.write(a) }, map[string]string{ip: "a as cart"}},
@@ -502,6 +527,24 @@ func TestResultWakes(t *testing.T) {
 	if said := strings.Count(n.log.String(), "no CNI results yet"); said != 2 {
 		t.Errorf("said %d times that there are none, want 2:\n%s", said, n.log)
 	}
+}
+
+// An address whose result was removed is its pod's no more, whatever the API server says, until it must have heard of that.
+func TestLossEnds(t *testing.T) {
+	t.Parallel()
+	api := newAPIServer(t)
+	shop(api)
+	api.put(podOf("a", "cart", []string{"10.0.0.1"}))
+	n := newCNINode(t, api).mkdir()
+	n.results.delay = 200 * time.Millisecond
+	box := sandbox{pod: "a", ips: []string{"10.0.0.1"}}
+	n.write(box)
+	n.run(t)
+	n.synced(t)
+	n.expect(t, map[string]string{"10.0.0.1": "a as cart"})
+	n.remove(box)
+	poll(t, "the loss", func() bool { return find(n.Pods, "10.0.0.1") == "unknown" })
+	poll(t, "its end", func() bool { return find(n.Pods, "10.0.0.1") == "a as cart" })
 }
 
 // A directory that others may write to, or that is not root's, is not believed until that is mended.

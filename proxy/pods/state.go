@@ -22,7 +22,7 @@ type resident struct {
 	namespace *used     // nil if account is
 	caller    *proxy.Caller
 	conflict  string
-	withdrawn map[netip.Addr]struct{} // addresses of its former sandboxes: their CNI results were removed
+	withdrawn map[netip.Addr]*loss // addresses of its former sandboxes: their CNI results were removed
 }
 
 // used is a service account or a namespace that pods of this node use; it is watched as long as there are any.
@@ -116,6 +116,9 @@ func (p *Pods) holder(ip netip.Addr) (answer, bool) {
 		return a, !errors.Is(a.err, proxy.ErrUnknownIP) // files of unknown pods take no room in the table
 	}
 	pods := p.byIP[ip]
+	if len(p.claims.losses) > 0 {
+		pods = slices.DeleteFunc(slices.Clone(pods), func(r *resident) bool { return r.lost(ip) })
+	}
 	if len(pods) > 1 {
 		if stay := slices.DeleteFunc(slices.Clone(pods), func(r *resident) bool { return r.terminating }); len(stay) > 0 {
 			pods = stay
