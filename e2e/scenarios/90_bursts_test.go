@@ -153,7 +153,7 @@ func (s *scenario) count(b *first.Burst, r sequence.Result, role string) {
 	b.Pods++
 	switch {
 	case r.Kind != sequence.OK:
-		b.Failures[failure(r)]++
+		b.Failures[first.Failure(r)]++
 		if r.Kind == sequence.Cut {
 			s.Errorf("a connection was cut: %s", r.Brief())
 		}
@@ -163,14 +163,6 @@ func (s *scenario) count(b *first.Burst, r sequence.Result, role string) {
 		b.Served++
 		b.Milliseconds = append(b.Milliseconds, float64(r.Took.Microseconds())/1000)
 	}
-}
-
-// failure is the kind of an answer that has no credentials.
-func failure(r sequence.Result) string {
-	if r.Code != 0 {
-		return fmt.Sprintf("%s %d at the %s", r.Kind, r.Code, r.Step)
-	}
-	return fmt.Sprintf("%s at the %s", r.Kind, r.Step)
 }
 
 // own reports whether credentials are those of a role, and fails if not.

@@ -1,13 +1,9 @@
 package scenarios
 
 import (
-	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
 	"net/netip"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -18,8 +14,6 @@ import (
 	"k8s.io/apimachinery/pkg/watch"
 
 	"github.com/imdsgate/imdsgate/e2e/scenarios/first"
-	"github.com/imdsgate/imdsgate/e2e/scenarios/heir"
-	"github.com/imdsgate/imdsgate/e2e/scenarios/sequence"
 )
 
 const (
@@ -47,27 +41,11 @@ func TestScenarioReuse(t *testing.T) {
 		s := beginScenario(t, limit)
 		s.install()
 		u := s.reuse("reuse", first.CNI, pods)
-		if u.Wrong > 0 {
-			t.Errorf("%d answers with another pod's role", u.Wrong)
+		if u.Pods != pods {
+			t.Errorf("%d of %d pods left a result", u.Pods, pods)
 		}
-		if u.Served != pods {
-			t.Errorf("%d of %d first instructions served; the others: %v", u.Served, pods, u.Failures)
-		}
-		if u.Heirs < pods/2 {
-			t.Errorf("only %d of %d pods came after another one", u.Heirs, pods)
-		}
-		for what, answers := range u.Tried {
-			for kind, n := range answers {
-				// The token of an earlier holder is refused, but may count in the second in which it was issued; the daemon may have closed
-				// a connection that nobody used for a minute. Anything else is a refusal.
-				old := what == heir.OldToken || what == heir.OldBoth
-				if kind != owned && !(old && kind == "status 401 at the list") && !strings.HasPrefix(kind, sequence.Cut) {
-					t.Errorf("%s: %d times %s", what, n, kind)
-				}
-			}
-		}
-		if n := u.Tried[heir.OldConnection][owned]; n < u.Heirs*9/10 {
-			t.Errorf("only %d of %d inherited connections were answered", n, u.Heirs)
+		if err := u.Check(); err != nil {
+			t.Error(err)
 		}
 	})
 	t.Run("API server alone", func(t *testing.T) {
@@ -76,9 +54,6 @@ func TestScenarioReuse(t *testing.T) {
 		s.reuse("reuse-informer", first.Informer, pods)
 	})
 }
-
-// owned is the kind of an answer with the pod's own credentials.
-const owned = "its own role"
 
 func (s *scenario) reuse(ns, source string, pods int) first.Reuse {
 	s.Helper()
@@ -93,66 +68,21 @@ func (s *scenario) reuse(ns, source string, pods int) first.Reuse {
 
 	s.parade(ns, pods)
 
-	u := first.Reuse{Source: source, Addresses: 14, Pods: pods, Failures: map[string]int{}, Tried: map[string]map[string]int{}}
-	found := json.NewDecoder(strings.NewReader(s.onNode(1, "sh", "-c", "cat "+reuseDir+"/*.result")))
+	u := first.Reuse{Source: source, Addresses: 14}
 	owners := map[string]string{}
-	seen := 0
-	var gaps []time.Duration
-	for {
-		var r heir.Result
-		err := found.Decode(&r)
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		s.must(err)
-		seen++
-		if ip, err := netip.ParseAddr(r.IP); err != nil || !reuseAddresses.Contains(ip) {
-			s.Fatalf("pod %s has the IP %s, which is not one of %s", r.Pod, r.IP, reuseAddresses)
-		}
+	results := strings.NewReader(s.onNode(1, "sh", "-c", "cat "+reuseDir+"/*.result"))
+	s.must(u.Count(results, reuseAddresses, func(pod, key string) (bool, error) {
 		var n int
-		if _, err := fmt.Sscanf(r.Pod, "p%d", &n); err != nil {
-			s.Fatal(r.Pod, err)
+		if _, err := fmt.Sscanf(pod, "p%d", &n); err != nil {
+			return false, err
 		}
-		kind := func(of sequence.Result) string {
-			if of.Kind != sequence.OK {
-				return failure(of)
-			}
-			if owners[of.AccessKeyID] == "" {
-				owners[of.AccessKeyID] = s.owner(of.AccessKeyID).RoleARN
-			}
-			if owners[of.AccessKeyID] != roles[n%2] {
-				u.Wrong++
-				return "ANOTHER POD'S ROLE"
-			}
-			return owned
+		if owners[key] == "" {
+			owners[key] = s.owner(key).RoleARN
 		}
-		if k := kind(r.First); k == owned {
-			u.Served++
-		} else {
-			u.Failures[k]++
-		}
-		if r.After != "" {
-			u.Heirs++
-			gaps = append(gaps, r.Gap)
-		}
-		for what, of := range r.Tried {
-			if u.Tried[what] == nil {
-				u.Tried[what] = map[string]int{}
-			}
-			u.Tried[what][kind(of)]++
-		}
-	}
-	if seen != pods {
-		s.Errorf("%d of %d pods left a result", seen, pods)
-	}
-	if len(gaps) > 0 {
-		slices.Sort(gaps)
-		u.Gap = gaps[len(gaps)/2]
-	}
-	s.figures("%s: %d pods on %d addresses, %d after another one (gap p50 %s, least %s); first instructions: %d served, %v; answers with another pod's role: %d",
-		source, pods, u.Addresses, u.Heirs, u.Gap.Round(time.Millisecond), slices.Min(append(gaps, time.Hour)).Round(time.Millisecond), u.Served, u.Failures, u.Wrong)
-	for _, what := range heir.Attempts {
-		s.figures("%s, %s: %v", source, what, u.Tried[what])
+		return owners[key] == roles[n%2], nil
+	}))
+	for _, line := range u.Lines() {
+		s.figures("%s", line)
 	}
 	s.report(func(r *first.Report) { r.SetReuse(u) })
 	return u

@@ -42,11 +42,19 @@ type estate struct {
 	Connection Connection
 }
 
-// Run asks as a pod's first instruction, tries what the IP's last holder left in dir, leaves its own there and writes the result
-// to dir/POD.result. limit bounds each request. Only a pod may run it: it talks to the metadata endpoint.
-func Run(ctx context.Context, dir, pod string, limit time.Duration) error {
-	r := Result{Pod: pod, First: sequence.Run(ctx, limit, true), Tried: map[string]sequence.Result{}}
-	client, conn := single()
+// Pod is one that asks: its name, and what runs a function inside of its network namespace. It talks to the metadata endpoint.
+type Pod struct {
+	Name   string
+	Inside func(func() error) error
+}
+
+// Run asks as the pod's first instruction, tries what the IP's last holder left in dir, leaves its own there and writes the result
+// to dir/POD.result. limit bounds each request.
+func (p Pod) Run(ctx context.Context, dir string, limit time.Duration) error {
+	client, _ := p.single()
+	r := Result{Pod: p.Name, First: sequence.Over(ctx, client, limit), Tried: map[string]sequence.Result{}}
+	client.CloseIdleConnections()
+	client, conn := p.single()
 	defer client.CloseIdleConnections()
 	token, err := sequence.Token(ctx, client, limit)
 	if err != nil {
@@ -61,25 +69,28 @@ func Run(ctx context.Context, dir, pod string, limit time.Duration) error {
 	}
 	if old != nil {
 		r.After, r.Gap = old.Pod, time.Since(old.At)
-		r.try(ctx, old, token, limit)
+		p.try(ctx, old, token, limit, r.Tried)
 	}
 	frozen, err := Freeze(own)
 	if err != nil {
 		return err
 	}
-	if err := write(file, estate{Pod: pod, Token: token, At: time.Now(), Connection: frozen}); err != nil {
+	if err := write(file, estate{Pod: p.Name, Token: token, At: time.Now(), Connection: frozen}); err != nil {
 		return err
 	}
-	return write(filepath.Join(dir, pod+".result"), r)
+	return write(filepath.Join(dir, p.Name+".result"), r)
 }
 
-func (r *Result) try(ctx context.Context, old *estate, own string, limit time.Duration) {
-	fresh, _ := single()
-	r.Tried[OldToken] = sequence.With(ctx, fresh, limit, old.Token)
+func (p Pod) try(ctx context.Context, old *estate, own string, limit time.Duration, tried map[string]sequence.Result) {
+	fresh, _ := p.single()
+	tried[OldToken] = sequence.With(ctx, fresh, limit, old.Token)
 	fresh.CloseIdleConnections()
-	conn, err := old.Connection.Thaw()
-	if err != nil {
-		r.Tried[OldConnection] = sequence.Result{Kind: sequence.Cut, Text: err.Error()}
+	var conn net.Conn
+	if err := p.Inside(func() (err error) {
+		conn, err = old.Connection.Thaw()
+		return err
+	}); err != nil {
+		tried[OldConnection] = sequence.Result{Kind: sequence.Cut, Text: err.Error()}
 		return
 	}
 	defer conn.Close()
@@ -92,16 +103,19 @@ func (r *Result) try(ctx context.Context, old *estate, own string, limit time.Du
 		return conn, nil
 	}}}
 	defer inherited.CloseIdleConnections()
-	r.Tried[OldConnection] = sequence.With(ctx, inherited, limit, "")
-	r.Tried[OldBoth] = sequence.With(ctx, inherited, limit, old.Token)
-	r.Tried[OwnOnOldSocket] = sequence.With(ctx, inherited, limit, own)
+	tried[OldConnection] = sequence.With(ctx, inherited, limit, "")
+	tried[OldBoth] = sequence.With(ctx, inherited, limit, old.Token)
+	tried[OwnOnOldSocket] = sequence.With(ctx, inherited, limit, own)
 }
 
 // single is a client that keeps one connection, and that connection.
-func single() (*http.Client, func() *net.TCPConn) {
+func (p Pod) single() (*http.Client, func() *net.TCPConn) {
 	var last net.Conn
-	return &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
-		c, err := (&net.Dialer{}).DialContext(ctx, network, address)
+	return &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, network, address string) (c net.Conn, err error) {
+		err = p.Inside(func() (err error) {
+			c, err = (&net.Dialer{}).DialContext(ctx, network, address)
+			return err
+		})
 		last = c
 		return c, err
 	}}}, func() *net.TCPConn { return last.(*net.TCPConn) }

@@ -48,7 +48,12 @@ const base = "http://169.254.169.254/latest/"
 func Run(ctx context.Context, limit time.Duration, share bool) Result {
 	transport := &http.Transport{DisableKeepAlives: !share, DisableCompression: true}
 	defer transport.CloseIdleConnections()
-	s := &asker{client: &http.Client{Transport: transport}, limit: limit}
+	return Over(ctx, &http.Client{Transport: transport}, limit)
+}
+
+// Over is Run over the client's connections.
+func Over(ctx context.Context, client *http.Client, limit time.Duration) Result {
+	s := &asker{client: client, limit: limit}
 	return timed(func() Result { return s.run(ctx) })
 }
 
@@ -112,7 +117,7 @@ func (s *asker) credentials(ctx context.Context) Result {
 
 func (s *asker) ask(ctx context.Context, method, path string) (string, *Result) {
 	ctx, cancel := context.WithTimeout(ctx, s.limit)
-	defer cancel()
+	time.AfterFunc(2*s.limit, cancel) // at once, it could still close the connection that the next request shares
 	req, err := http.NewRequestWithContext(ctx, method, base+path, nil)
 	if err != nil {
 		return "", &Result{Kind: Cut, Text: err.Error()}
