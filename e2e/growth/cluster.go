@@ -36,7 +36,7 @@ type cluster struct {
 
 // grow makes what is missing.
 func (c *cluster) grow(ctx context.Context, to size) error {
-	err := parallel(ctx, c.has.accounts(), to.accounts(), func(ctx context.Context, i int) error {
+	err := parallel(ctx, c.has.accounts(), to.accounts(), accountsPerNamespace, func(ctx context.Context, i int) error {
 		ns := otherNamespace(i)
 		if i%accountsPerNamespace == 0 {
 			if err := createNamespace(ctx, c.kube, ns); err != nil {
@@ -48,7 +48,7 @@ func (c *cluster) grow(ctx context.Context, to size) error {
 	if err != nil {
 		return err
 	}
-	err = parallel(ctx, int(c.has), int(to), func(ctx context.Context, i int) error {
+	err = parallel(ctx, int(c.has), int(to), 1, func(ctx context.Context, i int) error {
 		account := accountOf(i)
 		_, err := createPod(ctx, c.kube, otherNamespace(account), fmt.Sprintf("pod-%d", i),
 			fmt.Sprintf("other-%d", i/podsPerNode), fmt.Sprintf("account-%d", account))
@@ -116,7 +116,7 @@ type crowd struct {
 
 // populate makes pods until there are so many.
 func (c *crowd) populate(ctx context.Context, pods int) error {
-	err := parallel(ctx, c.has, pods, func(ctx context.Context, i int) error {
+	err := parallel(ctx, c.has, pods, 5, func(ctx context.Context, i int) error {
 		ns := c.namespace(i)
 		if i%5 == 0 {
 			if err := createNamespace(ctx, c.kube, ns); err != nil {
@@ -202,13 +202,13 @@ func (c *crowd) churn(ctx context.Context, interval time.Duration, first int) (r
 	}
 }
 
-// parallel does from..to-1, some of them at a time; multiples of 50 come first, as they make what the rest needs.
-func parallel(ctx context.Context, from, to int, do func(context.Context, int) error) error {
+// parallel does from..to-1, some of them at a time; each one that stride divides comes first, as it makes what the rest needs.
+func parallel(ctx context.Context, from, to, stride int, do func(context.Context, int) error) error {
 	pass := func(first bool) error {
 		g, ctx := errgroup.WithContext(ctx)
 		g.SetLimit(writers)
 		for i := from; i < to; i++ {
-			if (i%5 == 0) == first {
+			if (i%stride == 0) == first {
 				g.Go(func() error { return do(ctx, i) })
 			}
 		}
