@@ -157,7 +157,7 @@ func rules(iptables string) string {
 func (f *fault) rulesOf(node int, iptables string) string {
 	f.Helper()
 	now := f.onNode(node, rules(iptables))
-	for _, want := range []string{"-A PREROUTING -d 169.254.169.254/32", "-j DNAT --to-destination", "-A INPUT ", "to 169.254.169.254 unreachable", "to fd00:ec2::254 unreachable"} {
+	for _, want := range []string{"-A PREROUTING ", "-d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j DNAT --to-destination", "-A INPUT ", "to 169.254.169.254 unreachable", "to fd00:ec2::254 unreachable"} {
 		if !strings.Contains(now, want) {
 			f.Fatalf("node %d has no %q in\n%s", node, want, now)
 		}
