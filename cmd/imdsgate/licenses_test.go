@@ -10,7 +10,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -73,12 +72,18 @@ func TestLicenses(t *testing.T) {
 			texts[k] = append(texts[k], owner)
 		}
 	}
-	add("the Go standard library", filepath.Join(runtime.GOROOT(), "LICENSE"))
+	goroot, err := exec.CommandContext(t.Context(), "go", "env", "GOROOT").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	add("the Go standard library", filepath.Join(strings.TrimSpace(string(goroot)), "LICENSE"))
 	for _, p := range linked(t) {
 		if p.Module == nil || p.Module.Main {
 			continue
 		}
-		licensed[p.Module.Path] = licensed[p.Module.Path] // false until there is one
+		if !licensed[p.Module.Path] {
+			licensed[p.Module.Path] = false // until there is one
+		}
 		for dir := p.Dir; ; dir = filepath.Dir(dir) {
 			entries, err := os.ReadDir(dir)
 			if err != nil {
