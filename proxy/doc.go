@@ -56,6 +56,7 @@
 //     token, 100 µs for a connection, 500 µs for a refusal. Who has used it up waits for the next request of each connection
 //     to be read, 300 ms at most, and is not refused: a load test of 13,000 requests a second does not notice, a loop
 //     of refusals costs the daemon little, and a client that was told to close would only cost more. (TestBudgets)
+//     While nobody else asks, nobody waits. (TestAloneWaitsForNobody)
 //   - A head of 16 KiB, 5 s for it, and 48 KiB of the kernel's buffers for each connection. (TestSlowloris, TestHostileMemory of e2e)
 //   - A source with 50 refused session tokens a second is told to close. (TestTokenRefusalLoop)
 //

@@ -81,6 +81,9 @@ func (l *rateLimits[K]) sweep(now time.Time) {
 type shares struct {
 	max, maxPerIP int
 
+	last atomic.Pointer[source] // that was charged
+	turn atomic.Int64           // when another one was charged than before: Unix nanoseconds
+
 	mu      sync.Mutex
 	total   int
 	sources map[netip.Addr]*source
@@ -119,6 +122,25 @@ func (s *source) charge(now time.Time, cost time.Duration) (wait time.Duration) 
 			return time.Duration(next-t) - credit
 		}
 	}
+}
+
+// alone is how long nobody else must have asked for a source to be alone.
+const alone = 250 * time.Millisecond
+
+// charge charges src, and says how long it has to wait: not at all while it is alone, since then nobody gains by it. Waits also
+// cost the daemon more than they save: each ends in a thread that is woken for one request.
+func (s *shares) charge(src *source, now time.Time, cost time.Duration) (wait time.Duration) {
+	if last := s.last.Load(); last != src {
+		s.last.Store(src)
+		if last != nil {
+			s.turn.Store(now.UnixNano())
+		}
+	}
+	wait = src.charge(now, cost)
+	if now.UnixNano()-s.turn.Load() > int64(alone) {
+		return 0
+	}
+	return wait
 }
 
 // acquire counts a connection of ip, or refuses it. When all are in use, one of the source that has the most makes room: the
@@ -273,7 +295,7 @@ func (l *listener) Accept() (net.Conn, error) {
 			l.refuse(evicted.Conn)
 		}
 		if ok {
-			c.wait = c.source.charge(now, costConn)
+			c.wait = c.shares.charge(c.source, now, costConn)
 			if c.wait < maxWait {
 				return c, nil
 			}
@@ -301,7 +323,7 @@ func (c *conn) pay(label handlerLabel, failed bool, now time.Time) {
 		cost = costToken
 	}
 	c.served.Store(now.UnixNano())
-	c.wait = c.source.charge(now, cost)
+	c.wait = c.shares.charge(c.source, now, cost)
 }
 
 // connState lets a connection whose source has used up its time wait for its next request. Others of the source have waits of

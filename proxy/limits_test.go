@@ -164,7 +164,7 @@ func TestConnectionsOfManyGreedy(t *testing.T) {
 			t.Fatalf("with %d greedy pods: %d %s", i+1, r.StatusCode, r.body)
 		}
 	}
-	eventually(t, func() bool { return l.conns.total <= 200 })
+	eventually(t, func() bool { return l.conns.open() <= 200 })
 	for i := range 40 { // each has about its share
 		if n := l.conns.of(netip.AddrFrom4([4]byte{127, 0, 1, byte(i)})); n < 3 || n > 8 {
 			t.Errorf("greedy pod %d has %d of 200 connections", i, n)
@@ -272,6 +272,32 @@ func TestBudgets(t *testing.T) {
 	}
 }
 
+// A source that asks alone is charged and does not wait; from another's first request on it does, until that has been gone for a
+// while.
+func TestAloneWaitsForNobody(t *testing.T) {
+	s, now := newShares(10, 10), time.Now()
+	greedy, modest := &source{}, &source{}
+	for range 10_000 {
+		if w := s.charge(greedy, now, costAnswer); w != 0 {
+			t.Fatalf("alone, a source waits %v", w)
+		}
+	}
+	if w := s.charge(modest, now, costAnswer); w > 0 {
+		t.Errorf("who asks once waits %v", w)
+	}
+	now = now.Add(alone / 2)
+	if w := s.charge(greedy, now, costAnswer); w <= 0 {
+		t.Error("with another one there, who has used up its time does not wait")
+	}
+	now = now.Add(alone)
+	for range 10_000 {
+		s.charge(greedy, now, costAnswer)
+	}
+	if w := s.charge(greedy, now.Add(time.Millisecond), costAnswer); w != 0 {
+		t.Errorf("alone again, it waits %v", w)
+	}
+}
+
 // Reconnecting does not make a source forget what it owes, and what it paid is forgotten.
 func TestDebtOutlastsConnections(t *testing.T) {
 	s, ip, now := newShares(10, 10), podIPs["other"], time.Now()
@@ -292,6 +318,12 @@ func TestDebtOutlastsConnections(t *testing.T) {
 	if len(s.sources) != 1 {
 		t.Errorf("%d sources are known", len(s.sources))
 	}
+}
+
+func (s *shares) open() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.total
 }
 
 func (s *shares) of(ip netip.Addr) int {
