@@ -25,7 +25,7 @@ ip addr add 172.30.0.11/24 dev eth0; ip route restore </run/routes 2>/dev/null; 
 	f.over()
 	f.restored(1, "iptables", before)
 	f.newPods()
-	f.done(expect{why: "nobody on the node has the address that pods are sent to", kinds: closed, whole: 40 * time.Second})
+	f.done(expect{why: "nobody on the node has the address that pods are sent to", kinds: closed, whole: reconnected})
 }
 
 // The pods' bridge is deleted and made anew, as an upgrade of a CNI plugin does.
@@ -37,5 +37,5 @@ ip link del cni0; ip link add cni0 address $mac type bridge; ip addr add 10.244.
 for p in $pods; do ip link set $p master cni0 up; bridge link set dev $p hairpin on; done`)
 	f.restored(1, "iptables", before)
 	f.newPods()
-	f.done(expect{why: "pods have no network", kinds: closed, whole: 20 * time.Second})
+	f.done(expect{why: "pods have no network", kinds: closed, whole: reconnected})
 }

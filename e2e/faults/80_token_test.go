@@ -84,5 +84,5 @@ func TestFaultTokenRotated(t *testing.T) {
 		f.note("the old token is answered %d", http.StatusUnauthorized)
 	}
 	f.newPods()
-	f.done(expect{whole: 60 * time.Second})
+	f.done(expect{whole: reconnected})
 }

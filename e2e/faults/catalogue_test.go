@@ -18,7 +18,7 @@ var catalogue = []entry{
 	{name: "STS dead for 45 minutes", how: "time compressed twelve times: sessions of 5 min instead of 1 h, dead for 225 s instead of 45 min, from the moment of issue", long: true},
 	{name: "STS dead for longer than a session", how: "the same outage goes on until a minute before the sessions of 5 min expire, and 20 s more", long: true},
 	{name: "API server dead", how: "kube-apiserver killed, started again after %s"},
-	{name: "watch expired (410)", how: "kube-apiserver killed, etcd compacted to its newest revision, kube-apiserver started"},
+	{name: "watch expired (410)", how: "kube-apiserver killed, etcd compacted to its newest revision, kube-apiserver started", long: true},
 	{name: "etcd restarted", how: "etcd killed, started again after 5 s", long: true},
 	{name: "in-cluster token rotated", how: "a new token beside the old one as kubelet does it, the old one revoked, every connection to the API server cut", long: true},
 	{name: "daemon killed", how: "SIGKILL"},
