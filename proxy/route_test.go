@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/imdsgate/imdsgate/cache"
@@ -132,9 +133,13 @@ func FuzzRoute(f *testing.F) {
 	f.Fuzz(func(t *testing.T, method, target, header string) {
 		in := method + " " + target + " HTTP/1.1\r\nHost: 169.254.169.254\r\n" + header + "\r\n\r\n"
 		conn := newFed([]byte(in), 1<<20)
-		hs := &http.Server{Handler: s.Handler(), ConnContext: withPeer, ErrorLog: log.New(io.Discard, "", 0), DisableGeneralOptionsHandler: true}
-		_ = hs.Serve(&oneConn{conn: conn, done: conn.closed})
-		<-conn.closed
+		synctest.Test(t, func(*testing.T) { // net/http sleeps before it closes on what it cannot read
+			conn.closed = make(chan struct{})
+			hs := &http.Server{Handler: s.Handler(), ConnContext: withPeer, ErrorLog: log.New(io.Discard, "", 0), DisableGeneralOptionsHandler: true}
+			defer hs.Close()
+			_ = hs.Serve(&oneConn{conn: conn, done: conn.closed})
+			<-conn.closed
+		})
 		out := conn.out.String()
 		if strings.Contains(out, secretOf("other-role")) {
 			t.Errorf("%q: another's credentials: %q", in, out)
