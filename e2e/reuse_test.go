@@ -44,16 +44,22 @@ const (
 // instruction and then tries what the last holder left. TestScenarioReuse does the same with real kubelets and fewer pods.
 func TestLabReuse(t *testing.T) {
 	t.Parallel()
+	var u, without first.Reuse
+	t.Cleanup(func() {
+		if err := first.Write("out", func(r *first.Report) { r.SetReuse(u); r.SetReuse(without) }); err != nil {
+			t.Error(err)
+		}
+	})
 	t.Run("CNI results", func(t *testing.T) {
 		t.Parallel()
-		u := reuse(t, first.CNI, reusePods)
+		u = reuse(t, first.CNI, reusePods)
 		if err := u.Check(); err != nil {
 			t.Error(err)
 		}
 	})
 	t.Run("API server alone", func(t *testing.T) {
 		t.Parallel()
-		reuse(t, first.Informer, reuseWithout)
+		without = reuse(t, first.Informer, reuseWithout)
 	})
 }
 
@@ -110,7 +116,7 @@ func reuse(t *testing.T, source string, pods int) first.Reuse {
 	all.Wait()
 	reports.Wait()
 
-	u := first.Reuse{Source: source, Addresses: 14}
+	u := first.Reuse{Source: source, By: first.Plugins, Addresses: 14}
 	results, err := filepath.Glob(filepath.Join(dir, "*.result"))
 	if err != nil {
 		t.Fatal(err)

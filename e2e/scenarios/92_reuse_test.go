@@ -68,7 +68,7 @@ func (s *scenario) reuse(ns, source string, pods int) first.Reuse {
 
 	s.parade(ns, pods)
 
-	u := first.Reuse{Source: source, Addresses: 14}
+	u := first.Reuse{Source: source, By: first.Kubelet, Addresses: 14}
 	owners := map[string]string{}
 	results := strings.NewReader(s.onNode(1, "sh", "-c", "cat "+reuseDir+"/*.result"))
 	s.must(u.Count(results, reuseAddresses, func(pod, key string) (bool, error) {
@@ -138,7 +138,8 @@ func (s *scenario) parade(ns string, pods int) {
 
 // heirs gives a pod what it needs to inherit and to bequeath.
 func heirs(p *corev1.Pod) {
-	kind := corev1.HostPathDirectory
+	kind, grace := corev1.HostPathDirectory, int64(20)
+	p.Spec.TerminationGracePeriodSeconds = &grace // it ends when it has asked
 	p.Spec.Volumes = []corev1.Volume{{Name: "heirs", VolumeSource: corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: reuseDir, Type: &kind}}}}
 	p.Spec.Containers[0].VolumeMounts = []corev1.VolumeMount{{Name: "heirs", MountPath: reuseDir}}
 	p.Spec.Containers[0].SecurityContext = &corev1.SecurityContext{Capabilities: &corev1.Capabilities{Add: []corev1.Capability{"NET_ADMIN"}}}

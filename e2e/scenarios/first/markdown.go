@@ -76,8 +76,8 @@ func (r *Report) markdown() []byte {
 		b.WriteString("\n## An IP that is used again\n\nPods of two service accounts in turn, more than there are addresses, so that each address is taken again at once. " +
 			"Every pod asks as above, then tries the session token and the open TCP connection that the address's last holder left behind.\n")
 		for _, u := range r.Reuse {
-			fmt.Fprintf(&b, "\n**%s**: %d pods on %d addresses, %d of them after another pod (median gap %s). First instructions served: %d; not served: %s. **Answers with another pod's role: %d.**\n\n",
-				u.Source, u.Pods, u.Addresses, u.Heirs, u.Gap.Round(10*time.Millisecond), u.Served, orNone(list(u.Failures)), u.Wrong)
+			fmt.Fprintf(&b, "\n**%s** (%s): %d pods on %d addresses, %d of them after another pod (median gap %s). First instructions served: %d; not served: %s. **Answers with another pod's role: %d.**\n\n",
+				u.Source, u.By, u.Pods, u.Addresses, u.Heirs, u.Gap.Round(10*time.Millisecond), u.Served, orNone(list(u.Failures)), u.Wrong)
 			b.WriteString("| tried | answers |\n|---|---|\n")
 			for _, what := range slices.Sorted(maps.Keys(u.Tried)) {
 				fmt.Fprintf(&b, "| %s | %s |\n", what, list(u.Tried[what]))

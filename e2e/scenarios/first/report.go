@@ -20,6 +20,12 @@ const (
 	Informer = "API server alone" // -cni-results=""
 )
 
+// Makers of sandboxes.
+const (
+	Kubelet = "real kubelets"
+	Plugins = "the real CNI plugins, pods that ask at once, an API server that hears of each step up to 1.5 s late"
+)
+
 // Report is the content of first-request.json. A part that was not measured is empty.
 type Report struct {
 	Taken  time.Time `json:"taken"`
@@ -69,6 +75,7 @@ type Daemon struct {
 // Reuse is what pods got that followed each other on a few addresses.
 type Reuse struct {
 	Source    string         `json:"source"`
+	By        string         `json:"by"` // what made the sandboxes
 	Addresses int            `json:"addresses"`
 	Pods      int            `json:"pods"`
 	Heirs     int            `json:"heirs"`  // those that found what an earlier holder had left
@@ -120,7 +127,7 @@ func (r *Report) SetBursts(d Daemon, bursts []Burst) {
 
 // SetReuse replaces what is known of a source.
 func (r *Report) SetReuse(u Reuse) {
-	r.Reuse = append(slices.DeleteFunc(r.Reuse, func(b Reuse) bool { return b.Source == u.Source }), u)
+	r.Reuse = append(slices.DeleteFunc(r.Reuse, func(b Reuse) bool { return b.Source == u.Source && b.By == u.By }), u)
 }
 
 // Burst finds one; nil if it was not measured.

@@ -73,7 +73,7 @@ func run(ctx context.Context, args []string) error {
 	case len(args) == 3 && args[0] == "heir":
 		name, err := os.Hostname()
 		if err == nil {
-			err = heir.Pod{Name: name, Inside: func(ask func() error) error { return ask() }}.Run(ctx, args[1], limit)
+			err = heir.Pod{Name: name, Inside: func(ask func() error) error { return ask() }}.Run(context.WithoutCancel(ctx), args[1], limit)
 		}
 		if err == nil && args[2] == "stay" {
 			<-ctx.Done()
