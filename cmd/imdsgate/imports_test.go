@@ -31,6 +31,9 @@ func TestImportDirection(t *testing.T) {
 			module + "iptables": "adapters never import each other", module + "proxy": "adapters import the core they serve: cache",
 			"k8s.io": "only proxy/pods knows Kubernetes",
 		}},
+		{"cmd/imdsgate/page", map[string]string{
+			module + "iptables": "the page shows values and asks nobody", module + "cache/sts": "the page shows values and asks nobody",
+		}},
 		{"iptables", map[string]string{
 			module: "the rules know nothing of pods or credentials", "k8s.io": "nor Kubernetes", "github.com/aws": "nor AWS",
 		}},

@@ -182,7 +182,7 @@ func newDaemon(ctx context.Context, c *Config, log *slog.Logger) (*daemon, error
 	if err := d.cache.Restore(); err != nil {
 		return nil, fmt.Errorf("%w (-state-dir)", err)
 	}
-	if d.page, err = page.New(d.view); err != nil {
+	if d.page, err = page.New(d); err != nil {
 		return nil, err
 	}
 	d.server, err = proxy.NewServer(proxy.Options{

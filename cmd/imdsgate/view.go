@@ -18,27 +18,36 @@ import (
 	"github.com/imdsgate/imdsgate/iptables"
 )
 
-// view is what the status page shows now.
-func (d *daemon) view(ctx context.Context) *page.View {
-	now := time.Now()
-	v := &page.View{
-		Node: d.config.Node, Version: version(), Issuer: d.config.Policy.Issuer, Now: now, Started: d.started,
-		NotReady: lines(d.ready(ctx)), Troubles: lines(d.pods.Err()), Rules: d.seen.rules(ctx, d), Denials: d.server.Denials(), Flags: d.config.InEffect,
+var _ page.Source = (*daemon)(nil)
+
+// View is what the status page shows now.
+func (d *daemon) View(ctx context.Context) *page.View {
+	return &page.View{
+		Node: d.config.Node, Version: version(), Issuer: d.config.Policy.Issuer, Now: time.Now(), Started: d.started,
+		NotReady: lines(d.ready(ctx)), Troubles: lines(d.pods.Err()), Rules: d.seen.rules(ctx, d), Pods: d.Pods(),
+		Denials: d.server.Denials(), Flags: d.config.InEffect,
 	}
+}
+
+// Pods are those of this node, with their credentials.
+func (d *daemon) Pods() []page.Pod {
+	now := time.Now()
 	entries := map[cache.Key]cache.Entry{}
 	for e := range d.cache.Snapshot() {
 		entries[e.Key] = e
 	}
-	for _, e := range d.pods.All() {
+	all := d.pods.All()
+	list := make([]page.Pod, 0, len(all))
+	for _, e := range all {
 		var entry *cache.Entry
 		if e.Key != nil {
 			if found, ok := entries[*e.Key]; ok {
 				entry = &found
 			}
 		}
-		v.Pods = append(v.Pods, page.NewPod(e, entry, now))
+		list = append(list, page.NewPod(e, entry, now))
 	}
-	return v
+	return list
 }
 
 // lines are the errors that are joined in err.

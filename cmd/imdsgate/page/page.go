@@ -36,18 +36,21 @@ const (
 	maxRefresh = 3600
 )
 
-// Source makes a View of the present; it is safe for concurrent use.
-type Source func(context.Context) *View
+// Source has what is shown, as it is now. It is safe for concurrent use.
+type Source interface {
+	View(ctx context.Context) *View
+	Pods() []Pod // of the View, without what takes longer
+}
 
-// Page serves a View. Make it with New.
+// Page serves what a Source has. Make it with New.
 type Page struct {
-	view     Source
+	source   Source
 	template *template.Template
 	policy   string
 }
 
 // New returns the page of a source.
-func New(view Source) (*Page, error) {
+func New(from Source) (*Page, error) {
 	t, err := template.New("page").Funcs(template.FuncMap{
 		"last": lastSegment, "row": func(v *shown, p Pod) row { return row{v, p} },
 	}).Parse(strings.Replace(source, "/* style.css */", style, 1))
@@ -56,7 +59,7 @@ func New(view Source) (*Page, error) {
 	}
 	sum := sha256.Sum256([]byte(style))
 	return &Page{
-		view: view, template: t,
+		source: from, template: t,
 		policy: "default-src 'none'; style-src 'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'; img-src data:; " +
 			"form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
 	}, nil
@@ -65,16 +68,16 @@ func New(view Source) (*Page, error) {
 // Register puts the page and its JSON on a mux: /, /debug/status and /debug/pods.
 func (p *Page) Register(mux *http.ServeMux) {
 	mux.HandleFunc("GET /{$}", p.html)
-	mux.HandleFunc("GET /debug/status", p.json(func(v *View) any { return v }))
-	mux.HandleFunc("GET /debug/pods", p.json(func(v *View) any { return v.Pods }))
+	mux.HandleFunc("GET /debug/status", p.json(func(ctx context.Context) any { return p.source.View(ctx) }))
+	mux.HandleFunc("GET /debug/pods", p.json(func(context.Context) any { return p.source.Pods() }))
 }
 
-func (p *Page) json(of func(*View) any) http.HandlerFunc {
+func (p *Page) json(of func(context.Context) any) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		var b bytes.Buffer
 		e := json.NewEncoder(&b)
 		e.SetIndent("", "  ")
-		if err := e.Encode(of(p.view(r.Context()))); err != nil {
+		if err := e.Encode(of(r.Context())); err != nil {
 			http.Error(w, "the state cannot be encoded", http.StatusInternalServerError)
 			return
 		}
@@ -84,7 +87,7 @@ func (p *Page) json(of func(*View) any) http.HandlerFunc {
 
 func (p *Page) html(w http.ResponseWriter, r *http.Request) {
 	var b bytes.Buffer
-	if err := p.template.Execute(&b, show(p.view(r.Context()), r.URL.Query())); err != nil {
+	if err := p.template.Execute(&b, show(p.source.View(r.Context()), r.URL.Query())); err != nil {
 		http.Error(w, "the page cannot be made", http.StatusInternalServerError)
 		return
 	}

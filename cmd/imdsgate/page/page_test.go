@@ -119,9 +119,15 @@ func hostile() *View {
 	}
 }
 
+// fixed is a Source that never changes.
+type fixed struct{ v *View }
+
+func (f fixed) View(context.Context) *View { return f.v }
+func (f fixed) Pods() []Pod                { return f.v.Pods }
+
 func serve(t *testing.T, v *View) http.Handler {
 	t.Helper()
-	p, err := New(func(context.Context) *View { return v })
+	p, err := New(fixed{v})
 	if err != nil {
 		t.Fatal(err)
 	}
