@@ -24,6 +24,9 @@ var (
 	refusals      = mode{name: "document, warm", loading: loading{sequence: "document", imds: 1, reuse: "keep", connections: 16, rate: 1200}}
 )
 
+// saturated is a load beyond what can be answered: every connection is asked again as soon as it has answered.
+var saturated = mode{name: "document, 16 connections, as fast as they go", loading: loading{sequence: "document", imds: 2, reuse: "keep", connections: 16, rate: 50_000}}
+
 // modes are all, the ones with bars first.
 func modes() []mode {
 	return []mode{
@@ -63,6 +66,16 @@ func (r *rig) compare(ctx context.Context) (report.Section, error) {
 				all[key(m, t)] = append(all[key(m, t)], got)
 			}
 		}
+		short := *r
+		short.length /= 2
+		for i := range targets {
+			t := targets[(i+round)%len(targets)]
+			got, err := short.ask(ctx, t, saturated.loading)
+			if err != nil {
+				return report.Section{}, fmt.Errorf("%s: %w", saturated.name, err)
+			}
+			all[key(saturated, t)] = append(all[key(saturated, t)], got)
+		}
 		for i := range refused {
 			t := refused[(i+round)%len(refused)]
 			l := refusals.loading
@@ -88,6 +101,7 @@ func (r *rig) compare(ctx context.Context) (report.Section, error) {
 		max float64
 	}{
 		{"CPU per warm request, 16 connections", sixteen, cpu, 1.10},
+		{"the same, as fast as they go", saturated, cpu, 1.10},
 		{"p50 warm, 1 connection", oneConnection, p50, 1.05},
 		{"p99 warm, 1 connection", oneConnection, p99, 1.15},
 		{"v2 SDK sequence on new connections: CPU", fullV2, cpu, 1.15},
@@ -118,6 +132,13 @@ func (r *rig) compare(ctx context.Context) (report.Section, error) {
 		s.Tables = append(s.Tables, table)
 		s.Plots = append(s.Plots, curves(m, r.settings.rounds, targets, of))
 	}
+	fast := report.Table{Title: saturated.name, Head: []string{"", "CPU per request", "answers a second", "CPU ratio", "answers ratio"}}
+	for _, t := range targets {
+		s, reference := of(saturated, t), of(saturated, r.bare[0])
+		fast.Rows = append(fast.Rows, []string{t.name, micros(s.median(cpu)), fmt.Sprintf("%.0f", median(s.sorted(rate))),
+			spread(ratios(s, reference, cpu)), spread(ratios(s, reference, rate))})
+	}
+	s.Tables = append(s.Tables, fast)
 	table := report.Table{
 		Title: fmt.Sprintf("refusals: document, 16 connections, %.0f operations a second; ratios to warm", refusals.rate),
 		Head:  []string{"", "CPU per request", "p50", "p99", "CPU ratio", "p50 ratio", "p99 ratio"},
@@ -140,17 +161,18 @@ The machine's load average before was %s.`, s.rounds, s.length, load)
 }
 
 // figure takes one out of a measurement.
-type figure func(measurement) time.Duration
+type figure func(measurement) float64
 
-func cpu(m measurement) time.Duration { return m.CPU }
-func p50(m measurement) time.Duration { return m.P50 }
-func p99(m measurement) time.Duration { return m.P99 }
+func cpu(m measurement) float64  { return float64(m.CPU) }
+func p50(m measurement) float64  { return float64(m.P50) }
+func p99(m measurement) float64  { return float64(m.P99) }
+func rate(m measurement) float64 { return m.Rate }
 
 // ratios are those of each round, sorted.
 func ratios(a, b series, f figure) []float64 {
 	all := make([]float64, len(a))
 	for i := range a {
-		all[i] = float64(f(a[i])) / float64(f(b[i]))
+		all[i] = f(a[i]) / f(b[i])
 	}
 	slices.Sort(all)
 	return all
@@ -162,23 +184,32 @@ func median(sorted []float64) float64 {
 	return (sorted[(n-1)/2] + sorted[n/2]) / 2
 }
 
-func (s series) median(f figure) time.Duration {
+func (s series) sorted(f figure) []float64 {
 	all := make([]float64, len(s))
 	for i, m := range s {
-		all[i] = float64(f(m))
+		all[i] = f(m)
 	}
 	slices.Sort(all)
-	return time.Duration(median(all))
+	return all
+}
+
+// median of a figure that is a duration.
+func (s series) median(f figure) time.Duration { return time.Duration(median(s.sorted(f))) }
+
+func micros(d time.Duration) string { return fmt.Sprintf("%.1f µs", float64(d.Nanoseconds())/1e3) }
+
+// spread is the median of a sorted list, with its range.
+func spread(sorted []float64) string {
+	return fmt.Sprintf("%.3f (%.2f – %.2f)", median(sorted), sorted[0], sorted[len(sorted)-1])
 }
 
 func row(name string, s, reference series) []string {
 	cells := []string{name}
 	for _, f := range []figure{cpu, p50, p99} {
-		cells = append(cells, fmt.Sprintf("%.1f µs", float64(s.median(f).Nanoseconds())/1e3))
+		cells = append(cells, micros(s.median(f)))
 	}
 	for _, f := range []figure{cpu, p50, p99} {
-		all := ratios(s, reference, f)
-		cells = append(cells, fmt.Sprintf("%.3f (%.2f – %.2f)", median(all), all[0], all[len(all)-1]))
+		cells = append(cells, spread(ratios(s, reference, f)))
 	}
 	return cells
 }

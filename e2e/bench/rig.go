@@ -268,6 +268,7 @@ func (r *rig) startBare(ctx context.Context, binary string, answers map[string]a
 type measurement struct {
 	P50, P99 time.Duration
 	CPU      time.Duration // of the answering process, per request
+	Rate     float64       // operations that ended, a second
 	Curve    []point
 	Late     time.Duration // median lateness of the generator
 }
@@ -298,6 +299,7 @@ func (r *rig) ask(ctx context.Context, t target, l loading) (measurement, error)
 	}
 	var result struct {
 		Operations, Failed int64
+		Elapsed            float64
 		Errors             map[string]int64
 		Latency, Lateness  struct{ P50, P99 float64 }
 		Curve              []point
@@ -311,7 +313,8 @@ func (r *rig) ask(ctx context.Context, t target, l loading) (measurement, error)
 	operations := l.rate * (warmup + r.length).Seconds()
 	return measurement{
 		P50: seconds(result.Latency.P50), P99: seconds(result.Latency.P99), Late: seconds(result.Lateness.P50), Curve: result.Curve,
-		CPU: time.Duration(float64(after-before) / (operations * float64(l.requests()))),
+		CPU:  time.Duration(float64(after-before) / (operations * float64(l.requests()))),
+		Rate: operations / result.Elapsed,
 	}, nil
 }
 
