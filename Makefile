@@ -10,28 +10,30 @@ export CGO_ENABLED ?= 1
 GOTESTSUM := go run gotest.tools/gotestsum@v1.13.0 --format pkgname --hide-summary=skipped
 OUT := $(CURDIR)/e2e/out
 
-.PHONY: help build demo demo-down test deps test-unit test-kernel test-lab test-clients test-cluster test-minio bench fuzz lint cluster cluster-down cluster-bins docs
+.PHONY: help build demo demo-down test deps test-unit test-kernel test-lab test-hostile test-clients test-cluster test-faults test-minio bench fuzz lint \
+  cluster cluster-down cluster-bins docs
 
 help:
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-build: ## bin/imdsgate: static, version from build info
-	CGO_ENABLED=0 go build -trimpath -buildvcs=auto -o bin/imdsgate ./cmd/imdsgate
+build: ## bin/imdsgate and bin/imdsgate-load: static, version from build info
+	CGO_ENABLED=0 go build -trimpath -buildvcs=auto -o bin/ ./cmd/...
 
 demo: cluster-bins ## a real cluster in network namespaces, the chart, two pods a node: what the AWS CLI says in each; leaves it up (root)
 	@e2e/cluster/demo.sh
 
 demo-down: cluster-down ## removes the demo's cluster
 
-test: deps ## everything: unit, race, kernel, lab, clients, cluster; installs what is missing; ends with totals (root)
+test: deps ## everything: unit, race, kernel, lab, hostile, clients, cluster; installs what is missing; ends with totals (root)
 	@rm -rf $(OUT); mkdir -p $(OUT)
-	@status=0; for t in test-unit test-kernel test-lab test-clients test-cluster; do \
+	@status=0; for t in test-unit test-kernel test-lab test-hostile test-clients test-cluster; do \
 	  echo "== make $$t"; $(MAKE) --no-print-directory $$t || status=1; done; \
 	  $(CURDIR)/.ci/totals $(OUT)/*.json || status=1; exit $$status
 
 deps: cluster-bins
 	@e2e/clients/install.sh
 	@e2e/monitoring/install.sh
+	@e2e/page/install.sh
 	@e2e/cluster/cluster.sh deps
 
 test-unit: ## no privilege, no network, under a minute warm
@@ -42,17 +44,26 @@ test-kernel: ## the real iptables, both back ends, in namespaces of its own
 	@mkdir -p $(OUT)
 	$(GOTESTSUM) --jsonfile $(OUT)/kernel.json -- -run '^TestKernel' -count=1 ./iptables/
 
-test-lab: cluster-bins ## the daemon on a lab node with a real API server; the chart's objects (root)
+test-lab: cluster-bins ## the daemon on a lab node with a real API server; chart, status page, alerts, broken set-ups (root)
 	@mkdir -p $(OUT)
-	cd e2e && $(GOTESTSUM) --jsonfile $(OUT)/lab.json -- -count=1 -timeout 20m . ./lab/... ./aws/... ./imds/... ./deploy/... ./monitoring/...
+	cd e2e && $(GOTESTSUM) --jsonfile $(OUT)/lab.json -- -count=1 -timeout 20m . ./lab/... ./aws/... ./imds/... ./deploy/... ./monitoring/... \
+	  ./broken/... ./page/... ./growth/... ./bench/...
+
+test-hostile: cluster-bins ## attacks from inside pods: 6,000 requests, packets, floods (root)
+	@mkdir -p $(OUT)
+	cd e2e && $(GOTESTSUM) --jsonfile $(OUT)/hostile.json -- -count=1 -timeout 15m ./hostile/...
 
 test-clients: cluster-bins ## real AWS SDKs and CLIs in pods of a lab node (root)
 	@mkdir -p $(OUT)
 	cd e2e && $(GOTESTSUM) --jsonfile $(OUT)/clients.json -- -count=1 -timeout 20m ./clients/...
 
-test-cluster: cluster-bins ## the chart on a real cluster of real kubelets (root)
+test-cluster: cluster-bins ## the chart on a real cluster of real kubelets, and what it does in quick faults (root)
 	@mkdir -p $(OUT)
-	cd e2e && $(GOTESTSUM) --format standard-verbose --jsonfile $(OUT)/cluster.json -- -count=1 -p 1 -timeout 40m ./clustertest/... ./scenarios/...
+	cd e2e && $(GOTESTSUM) --format standard-verbose --jsonfile $(OUT)/cluster.json -- -count=1 -p 1 -timeout 40m ./clustertest/... ./scenarios/... ./faults/...
+
+test-faults: deps ## every fault, in its full length, on a real cluster: half an hour; writes docs/faults.md (root)
+	@mkdir -p $(OUT)
+	cd e2e && FAULTS=long $(GOTESTSUM) --format standard-verbose --jsonfile $(OUT)/faults.test.json -- -count=1 -timeout 60m ./faults/...
 
 test-minio: deps ## once with a server nobody here wrote: MinIO as STS and S3 (builds it first, about 10 minutes)
 	@mkdir -p $(OUT)
