@@ -10,7 +10,7 @@ import (
 // answer leaves 2.4 KB of garbage, nearly all of it net/http's. In proportion to what lives, as Go has it, an answer would cost 4 %
 // more on a nearly empty node. Room is memory, though: at rest there is little, while many pods ask more, for as long as they do.
 const (
-	roomAtRest = 4 << 20
+	roomAtRest = 2 << 20
 	roomInUse  = 16 << 20
 	inUse      = 4 << 20          // bytes allocated a second: 1,700 answers
 	calm       = 15 * time.Second // after which the room is given back

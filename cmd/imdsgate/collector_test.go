@@ -18,14 +18,14 @@ func TestCollectorRoom(t *testing.T) {
 		heap      int // at which a collection is to begin
 		returned  bool
 	}{
-		{0, 100 * mb, 2 * mb, 6 * mb, false}, // the start's garbage is nobody's use
-		{time.Second, mb, 2 * mb, 6 * mb, false},
-		{time.Second, mb, 8 * mb, 12 * mb, false},
+		{0, 100 * mb, 2 * mb, 4 * mb, false}, // the start's garbage is nobody's use
+		{time.Second, mb, 2 * mb, 4 * mb, false},
+		{time.Second, mb, 8 * mb, 10 * mb, false},
 		{time.Second, 5 * mb, 2 * mb, 18 * mb, false},
 		{time.Second, 0, 2 * mb, 18 * mb, false},
 		{calm - 2*time.Second, 0, 4 * mb, 20 * mb, false},
-		{time.Second, 0, 4 * mb, 8 * mb, true},
-		{time.Second, 0, 4 * mb, 8 * mb, false},
+		{time.Second, 0, 4 * mb, 6 * mb, true},
+		{time.Second, 0, 4 * mb, 6 * mb, false},
 	} {
 		now, allocated = now.Add(tt.after), allocated+tt.allocates
 		percent, returned := c.look(now, heap{allocated, tt.live})
@@ -34,8 +34,8 @@ func TestCollectorRoom(t *testing.T) {
 			t.Errorf("step %d: with %d %% a collection begins at %d, returned %v; want %d, %v", i, percent, begins, returned, tt.heap, tt.returned)
 		}
 	}
-	if percent, _ := c.look(now.Add(time.Second), heap{allocated, 0}); percent != 125 { // 5 MiB
-		t.Errorf("%d %% before the first collection, want 125", percent)
+	if percent, _ := c.look(now.Add(time.Second), heap{allocated, 0}); percent != 75 { // 3 MiB
+		t.Errorf("%d %% before the first collection, want 75", percent)
 	}
 	if h := readHeap(); h.allocated == 0 {
 		t.Error("the runtime's metrics have other names")

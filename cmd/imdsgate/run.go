@@ -221,6 +221,9 @@ func (t tokenFunc) Token(ctx context.Context, namespace, serviceAccount, audienc
 // serve runs the daemon until ctx is done. The order is construct, bind, redirect, sync, ready (the guard is in place). What it
 // leaves behind on every way out are the rules: pods are refused, never let through.
 func serve(ctx context.Context, c *Config, log *slog.Logger) error {
+	if !c.Pprof {
+		runtime.MemProfileRate = 0 // the profile that nobody can ask for is a megabyte
+	}
 	d, err := newDaemon(ctx, c, log)
 	if err != nil {
 		return err
