@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -110,8 +111,10 @@ func (c *cluster) stir(ctx context.Context, rate int) (changes int64, err error)
 type crowd struct {
 	kube kubernetes.Interface
 	node string
-	net  byte // the second byte of the pods' addresses
-	has  int
+	// cas makes each namespace's ConfigMap of the cluster's authorities, as a controller does: kubelets read it.
+	cas bool
+	net byte // the second byte of the pods' addresses
+	has int
 }
 
 // populate makes pods until there are so many.
@@ -121,6 +124,11 @@ func (c *crowd) populate(ctx context.Context, pods int) error {
 		if i%5 == 0 {
 			if err := createNamespace(ctx, c.kube, ns); err != nil {
 				return err
+			}
+			if c.cas {
+				if err := createAuthorities(ctx, c.kube, ns); err != nil {
+					return err
+				}
 			}
 		}
 		if err := createAccount(ctx, c.kube, ns, c.account(i)); err != nil {
@@ -225,6 +233,13 @@ func createNamespace(ctx context.Context, kube kubernetes.Interface, name string
 		Name: name, Annotations: map[string]string{"iam.amazonaws.com/allowed-roles": `["` + roleARN + `"]`},
 	}}, metav1.CreateOptions{})
 	return wrap(err, "namespace "+name)
+}
+
+func createAuthorities(ctx context.Context, kube kubernetes.Interface, namespace string) error {
+	_, err := kube.CoreV1().ConfigMaps(namespace).Create(ctx, &corev1.ConfigMap{
+		ObjectMeta: metav1.ObjectMeta{Name: "kube-root-ca.crt"}, Data: map[string]string{"ca.crt": strings.Repeat("certificate ", 100)},
+	}, metav1.CreateOptions{})
+	return wrap(err, "ConfigMap "+namespace+"/kube-root-ca.crt")
 }
 
 func createAccount(ctx context.Context, kube kubernetes.Interface, namespace, name string) error {

@@ -71,8 +71,9 @@ type sample struct {
 	Ready          time.Duration
 	Watches        float64
 	Connections    int64
-	Sent, Received int64 // bytes at the start
-	Memory         footprint
+	Sent, Received int64     // bytes at the start
+	Memory         footprint // at rest
+	Busy           footprint // at the end of the churn
 
 	// Of a minute of churn: bytes, and what was done meanwhile.
 	ChurnSent, ChurnReceived int64

@@ -95,9 +95,10 @@ func (s *subject) footprint(ctx context.Context) (f footprint, err error) {
 
 // apiServer is what the API server says of itself.
 type apiServer struct {
-	Watches  float64            // open, of pods, service accounts and namespaces
-	Requests map[string]float64 // by verb, of the same and of the daemon's other kinds
-	CPU      float64            // seconds
+	Watches  float64 // open, of pods, service accounts and namespaces
+	All      float64 // watches of any kind
+	Requests float64 // answered so far, of any kind
+	CPU      float64 // seconds
 	RSS      float64
 }
 
@@ -106,7 +107,6 @@ func observe(ctx context.Context, kube kubernetes.Interface) (a apiServer, err e
 	if err != nil {
 		return a, fmt.Errorf("ask the API server for its metrics: %w", err)
 	}
-	a.Requests = make(map[string]float64)
 	lines := bufio.NewScanner(bytes.NewReader(text))
 	lines.Buffer(nil, 1<<20)
 	for lines.Scan() {
@@ -125,13 +125,15 @@ func observe(ctx context.Context, kube kubernetes.Interface) (a apiServer, err e
 		case "process_resident_memory_bytes":
 			a.RSS = v
 		case "apiserver_longrunning_requests":
-			if label(labels, "verb") == "WATCH" && followed(labels) {
+			if label(labels, "verb") != "WATCH" {
+				break
+			}
+			a.All += v
+			if followed(labels) {
 				a.Watches += v
 			}
 		case "apiserver_request_total":
-			if followed(labels) {
-				a.Requests[label(labels, "verb")] += v
-			}
+			a.Requests += v
 		}
 	}
 	return a, lines.Err()
