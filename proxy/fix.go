@@ -31,7 +31,7 @@ func annotateCommand(kind, namespace, name, annotation, value string, overwrite 
 	if !only(name, isObjectNameByte) || !only(namespace, isObjectNameByte) || !only(value, isQuotableByte) || value == "" {
 		return ""
 	}
-	if !only(value, isExternalIDByte) {
+	if kind == "namespace" || !only(value, isExternalIDByte) {
 		value = "'" + value + "'"
 	}
 	command := fmt.Sprintf("kubectl annotate %s %s=%s", object, annotation, value)

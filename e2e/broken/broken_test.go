@@ -108,7 +108,7 @@ var table = []broken{
 		namespace: map[string]string{permitted: "(role/cart"},
 		status:    403, event: "RoleDenied", state: "refused",
 		says: `"(role/cart" is no regular expression: missing closing )`,
-		fix:  `kubectl annotate namespace shop iam.amazonaws.com/permitted=` + cart + ` --overwrite`,
+		fix:  "kubectl annotate namespace shop iam.amazonaws.com/permitted='" + cart + "' --overwrite",
 	},
 	{
 		name: "user", symptom: "the ARN of a user", namespace: permits, account: map[string]string{roleAnnotation: "arn:aws:iam::123456789012:user/cart"},
