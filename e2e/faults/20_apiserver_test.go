@@ -2,6 +2,7 @@ package faults
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -12,6 +13,7 @@ import (
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/util/retry"
 
+	"github.com/imdsgate/imdsgate/e2e/aws"
 	"github.com/imdsgate/imdsgate/e2e/clustertest"
 )
 
@@ -26,13 +28,53 @@ func TestFaultAPIServerDead(t *testing.T) {
 		lasts = 10 * time.Minute
 	}
 	f := shared.fault(t, "API server dead", lasts+3*time.Minute, both, lasts)
+	f.roleless()
 	f.must(f.Kill(f.ctx, "kube-apiserver"))
 	f.struck()
 	f.lasts(lasts)
 	f.must(f.StartControlPlane(f.ctx))
 	f.over()
+	f.giveRoles()
 	f.newPods()
 	f.done(expect{whole: reconnected})
+}
+
+// roleless makes a pod on each node whose service account has no role yet.
+func (f *fault) roleless() {
+	f.Helper()
+	for _, node := range both {
+		name := fmt.Sprintf("late%d-%d", node, time.Now().UnixMilli())
+		role, err := f.Fabric.Role(f.ctx, "faults/"+name, aws.ActionListBuckets)
+		f.must(err)
+		f.must(f.ServiceAccount(f.ctx, namespace, name, nil))
+		l, err := f.StartSteady(f.ctx, clustertest.SteadyPod{
+			Namespace: namespace, Name: name, ServiceAccount: name, Role: role, Node: node, Workers: workers, Interval: interval,
+		})
+		f.must(err)
+		f.Cleanup(func() { f.remove(l) })
+		f.wait("pod "+name+" is told that it has no role", func() error {
+			for _, r := range f.results(l) {
+				if answer(r) == "404" {
+					return nil
+				}
+			}
+			return errors.New("it is not")
+		})
+		f.late = append(f.late, l)
+	}
+}
+
+// giveRoles does so when the API server is back, and waits until the daemons have heard of it.
+func (f *fault) giveRoles() {
+	f.Helper()
+	for _, l := range f.late {
+		f.must(f.ServiceAccount(f.ctx, namespace, l.ServiceAccount, map[string]string{"eks.amazonaws.com/role-arn": l.Role}))
+	}
+	for _, l := range f.late {
+		at := f.served(l, time.Time{})
+		f.wholeAt(at)
+		f.note("the daemon of node %d knew of a new annotation %.1f s after its end", l.Node, at.Sub(f.since).Seconds())
+	}
 }
 
 // newPods waits until a new pod on each node is served: the daemons hear the API server.
@@ -59,6 +101,7 @@ func (f *fault) newPods() {
 // A daemon that was cut off for so long that the API server has forgotten where it was: 410 Gone. It lists anew.
 func TestFaultWatchExpired(t *testing.T) {
 	f := shared.fault(t, "watch expired (410)", 2*time.Minute, both)
+	f.roleless()
 	pods, err := f.Kube.CoreV1().Pods("").List(f.ctx, metav1.ListOptions{})
 	f.must(err)
 	f.must(f.Kill(f.ctx, "kube-apiserver"))
@@ -94,17 +137,20 @@ func TestFaultWatchExpired(t *testing.T) {
 		t.Errorf("a watch from where the daemons were is answered %v, not 410", err)
 	}
 	f.note("revision %s answers %q", pods.ResourceVersion, strings.TrimSpace(fmt.Sprint(err)))
+	f.giveRoles()
 	f.newPods()
 	f.done(expect{whole: reconnected})
 }
 
 func TestFaultEtcdRestarted(t *testing.T) {
 	f := shared.fault(t, "etcd restarted", 2*time.Minute, both)
+	f.roleless()
 	f.must(f.Kill(f.ctx, "etcd"))
 	f.struck()
 	f.lasts(5 * time.Second)
 	f.must(f.StartControlPlane(f.ctx))
 	f.over()
+	f.giveRoles()
 	f.newPods()
 	f.done(expect{whole: reconnected})
 }

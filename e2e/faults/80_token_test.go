@@ -70,6 +70,7 @@ func TestFaultTokenRotated(t *testing.T) {
 	f.quiet()
 	f.must(alive(old))
 
+	f.roleless()
 	renewed := token("faults-new")
 	write("token", renewed)
 	f.must(f.Kube.CoreV1().Secrets(clustertest.ReleaseNamespace).Delete(f.ctx, "faults-old", metav1.DeleteOptions{}))
@@ -83,6 +84,7 @@ func TestFaultTokenRotated(t *testing.T) {
 	} else {
 		f.note("the old token is answered %d", http.StatusUnauthorized)
 	}
+	f.giveRoles()
 	f.newPods()
 	f.done(expect{whole: reconnected})
 }

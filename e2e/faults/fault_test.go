@@ -23,6 +23,7 @@ type fault struct {
 	row   row
 	warm  []*clustertest.Steady // pods that the daemon has credentials for
 	cold  []*clustertest.Steady // pods that were new, or whose sessions ended, while the fault lasted
+	late  []*clustertest.Steady // pods that had no role
 	from  map[*clustertest.Steady]int
 	mark  clustertest.Mark
 	at    time.Time // when it struck
@@ -313,11 +314,12 @@ func (f *fault) done(e expect) {
 			}
 		}
 	}
-	for _, l := range f.cold {
+	for _, l := range slices.Concat(f.cold, f.late) {
 		for _, r := range f.results(l)[f.from[l]:] {
 			switch {
 			case r.Kind == sequence.OK:
 				f.own(owners, l, r)
+			case answer(r) == "404" && slices.Contains(f.late, l):
 			case r.Kind == sequence.Status && r.Code == 503:
 			case e.why != "" && slices.Contains(e.kinds, answer(r)) && !r.At.After(f.whole):
 			default:
