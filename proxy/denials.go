@@ -31,13 +31,13 @@ type denials struct {
 	all []Denial
 }
 
-func (d *denials) add(new Denial) {
+func (d *denials) add(latest Denial) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	at, oldest := -1, 0
 	for i := range d.all {
 		old := &d.all[i]
-		if old.Source == new.Source && old.Reason == new.Reason && old.Namespace == new.Namespace && old.Pod == new.Pod {
+		if old.Source == latest.Source && old.Reason == latest.Reason && old.Namespace == latest.Namespace && old.Pod == latest.Pod {
 			at = i
 			break
 		}
@@ -45,15 +45,15 @@ func (d *denials) add(new Denial) {
 			oldest = i
 		}
 	}
-	new.Count = 1
+	latest.Count = 1
 	switch {
 	case at >= 0:
-		new.Count += d.all[at].Count
-		d.all[at] = new
+		latest.Count += d.all[at].Count
+		d.all[at] = latest
 	case len(d.all) < maxDenials:
-		d.all = append(d.all, new)
+		d.all = append(d.all, latest)
 	default:
-		d.all[oldest] = new
+		d.all[oldest] = latest
 	}
 }
 
