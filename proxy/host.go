@@ -32,7 +32,8 @@ type conn struct {
 
 	reads, writes deadline
 
-	perRead time.Duration // what every read is charged, which then waits; 0: requests are charged instead
+	accepted int64         // when; Unix nanoseconds
+	perRead  time.Duration // what every read is charged, which then waits; 0: requests are charged instead
 
 	off     bool
 	inHead  bool   // the request line has been seen

@@ -210,6 +210,9 @@ func (s *shares) remove(c *conn) {
 	}
 	delete(c.source.conns, c)
 	s.total--
+	if c.served.Load() == c.accepted { // nobody was answered on it
+		c.source.charge(time.Now(), costRefusal)
+	}
 	// A source that still has to pay is kept, or reconnecting would make it forget.
 	if len(c.source.conns) == 0 && (c.source.used.Load() <= time.Now().UnixNano() || len(s.sources) > maxRateKeys) {
 		delete(s.sources, c.source.ip)
@@ -283,8 +286,8 @@ func (l *listener) Accept() (net.Conn, error) {
 		}
 		now := time.Now()
 		l.accepted(now)
-		c := &conn{Conn: tcp, shares: l.shares, off: l.plain, perRead: l.perRead}
-		c.served.Store(now.UnixNano())
+		c := &conn{Conn: tcp, shares: l.shares, off: l.plain, perRead: l.perRead, accepted: now.UnixNano()}
+		c.served.Store(c.accepted)
 		peer := addrOf(tcp.RemoteAddr())
 		if l.plain && addrOf(tcp.LocalAddr()).IsLoopback() && !peer.IsLoopback() {
 			l.refuse(tcp)

@@ -301,7 +301,20 @@ func TestAloneWaitsForNobody(t *testing.T) {
 // Reconnecting does not make a source forget what it owes, and what it paid is forgotten.
 func TestDebtOutlastsConnections(t *testing.T) {
 	s, ip, now := newShares(10, 10), podIPs["other"], time.Now()
+	useful := &conn{shares: s}
+	s.acquire(useful, ip, now)
+	useful.pay(handlerToken, false, now)
+	s.release(useful)
+	if useful.source.charge(now, 0) != costToken-credit {
+		t.Errorf("a connection with one token costs %v", useful.source.charge(now, 0)+credit)
+	}
 	c := &conn{}
+	s.acquire(c, ip, now)
+	s.release(c)
+	if wait := c.source.charge(now, 0); wait < costRefusal+costToken-credit {
+		t.Errorf("a connection for nothing costs %v", wait+credit)
+	}
+	c = &conn{}
 	s.acquire(c, ip, now)
 	for range 5000 {
 		c.source.charge(now, costRefusal)
