@@ -2,87 +2,118 @@ package proxy
 
 import (
 	"errors"
-	"os"
 	"sync"
 	"time"
 )
 
-// deadline is that of one direction of a connection. net/http moves it six times per request, and every time the runtime would
-// change a timer, and often wake a thread for it: a tenth of what an answer costs. Here the socket keeps the earliest one. A
-// deadline that is moved later or removed is only noted; should the socket's pass then, whoever it interrupts finds out that it
-// was not meant, sets what was, and goes on. So it is exact, and costs something once in checkpoint only.
+// deadlines are those of a connection. net/http moves them six times per request, and each time the runtime would change a timer,
+// and often wake a thread for it. Here they are noted, and one timer, which no request touches, looks after them: it tells the
+// socket of a deadline once it has passed. They are exact all the same, because the timer is never later than the earliest.
+type deadlines struct {
+	mu          sync.Mutex
+	read, write deadline
+	timer       *time.Timer // nil until there is something to look after
+	next        time.Time   // when it fires
+	closed      bool
+}
+
+// deadline is that of one direction.
 type deadline struct {
-	mu     sync.Mutex
-	meant  time.Time // zero: none
-	socket time.Time // what the socket has, never later than meant; zero: none
-	past   bool      // the socket's was set into the past, which is how net/http interrupts a read
+	at   time.Time // zero: none
+	told bool      // the socket has been told, and lets nothing pass
 }
 
-// checkpoint is for how long what is set after an interruption holds off the next: until the head of a request would be late.
-const checkpoint = readHeaderTimeout
+// look is how long the timer waits at most. It thus fires before any deadline that can be set after it was, but those that are
+// shorter than what net/http sets, which move it.
+const look = readHeaderTimeout
 
-// move sets t; set does so on the socket.
-func (d *deadline) move(t time.Time, set func(time.Time) error) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.meant = t
-	if t.IsZero() || !d.socket.IsZero() && !t.Before(d.socket) {
-		return nil
-	}
-	d.socket, d.past = t, t.Equal(interrupt)
-	return set(t)
-}
-
-// interrupt is the deadline with which net/http interrupts a read. Any other is set when it comes to it.
+// interrupt is how net/http ends a read of its own at once.
 var interrupt = time.Unix(1, 0)
 
-// early says whether err came of a deadline that was not meant, and sets the one that is.
-func (d *deadline) early(err error, set func(time.Time) error) bool {
-	if !errors.Is(err, os.ErrDeadlineExceeded) {
-		return false
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	now := time.Now()
-	if !d.meant.IsZero() && !now.Before(d.meant) {
-		return false
-	}
-	next := d.meant
-	if soon := now.Add(checkpoint); d.past && (next.IsZero() || soon.Before(next)) {
-		next = soon
-	}
-	d.socket, d.past = next, false
-	return set(next) == nil
+// SetReadDeadline implements net.Conn.
+func (c *conn) SetReadDeadline(t time.Time) error {
+	return c.setDeadline(&c.deadlines.read, t, c.Conn.SetReadDeadline)
 }
 
-// SetReadDeadline implements net.Conn.
-func (c *conn) SetReadDeadline(t time.Time) error { return c.reads.move(t, c.Conn.SetReadDeadline) }
-
 // SetWriteDeadline implements net.Conn.
-func (c *conn) SetWriteDeadline(t time.Time) error { return c.writes.move(t, c.Conn.SetWriteDeadline) }
+func (c *conn) SetWriteDeadline(t time.Time) error {
+	return c.setDeadline(&c.deadlines.write, t, c.Conn.SetWriteDeadline)
+}
 
 // SetDeadline implements net.Conn.
 func (c *conn) SetDeadline(t time.Time) error {
 	return errors.Join(c.SetReadDeadline(t), c.SetWriteDeadline(t))
 }
 
-// receive reads what comes until the deadline that is meant.
-func (c *conn) receive(p []byte) (int, error) {
-	for {
-		n, err := c.Conn.Read(p)
-		if n > 0 || err == nil || !c.reads.early(err, c.Conn.SetReadDeadline) {
-			return n, err
-		}
+func (c *conn) setDeadline(d *deadline, t time.Time, socket func(time.Time) error) (err error) {
+	c.deadlines.mu.Lock()
+	d.at = t
+	switch {
+	case t.Equal(interrupt):
+		d.told, err = true, socket(t)
+	case d.told:
+		d.told, err = false, socket(time.Time{})
+	}
+	if !d.told && !t.IsZero() && !c.deadlines.closed && (c.deadlines.timer == nil || t.Before(c.deadlines.next)) {
+		c.lookAt(time.Now(), t)
+	}
+	c.deadlines.mu.Unlock()
+	return err
+}
+
+// lookAt sets the timer. The lock is held.
+func (c *conn) lookAt(now, t time.Time) {
+	l := &c.deadlines
+	if latest := now.Add(look); t.After(latest) {
+		t = latest
+	}
+	l.next = t
+	if l.timer == nil {
+		l.timer = time.AfterFunc(t.Sub(now), c.lookAfter)
+	} else {
+		l.timer.Reset(t.Sub(now))
 	}
 }
 
-// send writes all of p by the deadline that is meant.
-func (c *conn) send(p []byte) (n int, err error) {
-	for {
-		var m int
-		m, err = c.Conn.Write(p[n:])
-		if n += m; err == nil || !c.writes.early(err, c.Conn.SetWriteDeadline) {
-			return n, err
+// lookAfter is what the timer does.
+func (c *conn) lookAfter() {
+	l := &c.deadlines
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := time.Now()
+	next := now.Add(look)
+	for _, d := range []struct {
+		*deadline
+		socket func(time.Time) error
+	}{{&l.read, c.Conn.SetReadDeadline}, {&l.write, c.Conn.SetWriteDeadline}} {
+		switch {
+		case d.told, d.at.IsZero():
+		case d.at.After(now):
+			next = earlier(next, d.at)
+		default:
+			d.told = true
+			_ = d.socket(interrupt) // fails when it is closed
 		}
+	}
+	if !l.closed {
+		c.lookAt(now, next)
+	}
+}
+
+func earlier(a, b time.Time) time.Time {
+	if b.Before(a) {
+		return b
+	}
+	return a
+}
+
+// stopDeadlines ends the timer.
+func (c *conn) stopDeadlines() {
+	c.deadlines.mu.Lock()
+	defer c.deadlines.mu.Unlock()
+	c.deadlines.closed = true
+	if c.deadlines.timer != nil {
+		c.deadlines.timer.Stop()
+		c.deadlines.timer = nil
 	}
 }

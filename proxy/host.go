@@ -30,7 +30,7 @@ type conn struct {
 	wait   time.Duration // before its next request is read, because its source has used up its time
 	begun  bool          // something has been read
 
-	reads, writes deadline
+	deadlines deadlines
 
 	accepted int64         // when; Unix nanoseconds
 	perRead  time.Duration // what every read is charged, which then waits; 0: requests are charged instead
@@ -45,6 +45,7 @@ type conn struct {
 }
 
 func (c *conn) Close() error {
+	defer c.stopDeadlines()
 	if c.shares != nil {
 		defer c.shares.release(c)
 	}
@@ -66,12 +67,12 @@ const unreadable = "\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: c
 func (c *conn) Write(p []byte) (int, error) {
 	first := bytes.IndexByte(p, '\r')
 	if first < 0 || !bytes.HasPrefix(p[first:], []byte(unreadable)) {
-		return c.send(p)
+		return c.Conn.Write(p)
 	}
 	body := p[first+len(unreadable):]
 	full := fmt.Appendf(nil, "%s\r\nServer: EC2ws\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s",
 		p[:first], len(body), body)
-	if _, err := c.send(full); err != nil {
+	if _, err := c.Conn.Write(full); err != nil {
 		return 0, err
 	}
 	return len(p), nil
@@ -87,7 +88,7 @@ func (c *conn) Read(p []byte) (int, error) {
 	}
 	if len(c.ready) == 0 {
 		c.ready = nil
-		n, err := c.receive(p)
+		n, err := c.Conn.Read(p)
 		if n == 0 || c.off {
 			return n, err
 		}
