@@ -24,12 +24,18 @@ RUN [ -e /debs/ca-certificates_*.deb ] || { mkdir -p /debs/partial && cd /debs &
       echo "APT::Architecture $TARGETARCH; APT::Architectures $TARGETARCH; Dir::State::status /none; Dir::Cache::archives /debs;" >/apt.conf && export APT_CONFIG=/apt.conf && \
       apt-get update && apt-get install -y --no-install-recommends --download-only iptables && apt-get download ca-certificates; }
 
-# Both back ends of iptables, their extensions and libraries; CA certificates. No shell.
+# Both back ends of iptables, their extensions and libraries; CA certificates. No shell. Their licences must go with them, and scanners
+# find packages by their control files.
 FROM debian AS rootfs
-RUN set -eu; mkdir -p /rootfs/usr/lib /rootfs/usr/lib64 /rootfs/etc/ssl/certs; cd /rootfs; ln -s usr/lib usr/lib64 .; \
-    for deb in /debs/*.deb; do dpkg-deb --fsys-tarfile "$deb" | tar -x --keep-directory-symlink; done; \
+RUN set -eu; mkdir -p /rootfs/usr/lib /rootfs/usr/lib64 /rootfs/etc/ssl/certs /rootfs/var/lib/dpkg/status.d; cd /rootfs; ln -s usr/lib usr/lib64 .; \
+    for deb in /debs/*.deb; do \
+      dpkg-deb --fsys-tarfile "$deb" | tar -x --keep-directory-symlink; \
+      dpkg-deb --field "$deb" >"var/lib/dpkg/status.d/$(dpkg-deb --field "$deb" Package)"; \
+    done; \
     cat usr/share/ca-certificates/mozilla/*.crt >etc/ssl/certs/ca-certificates.crt; \
-    rm -r usr/share usr/bin usr/lib/*/gconv; find usr/sbin -mindepth 1 ! -name 'xtables-*-multi' -delete
+    rm -r usr/bin usr/lib/*/gconv; find usr/sbin -mindepth 1 ! -name 'xtables-*-multi' -delete; \
+    find usr/share -type f ! -path '*/doc/*/copyright' -delete; find usr/share -xtype l -delete; find usr/share -type d -empty -delete; \
+    cp -r /usr/share/common-licenses usr/share; cp /usr/lib/os-release usr/lib; ln -s ../usr/lib/os-release etc
 # Links of our own to the back ends: a wrapper that finds one by looking at the node's rules cannot keep its choice on a read-only
 # root file system. PATH decides: nft, or legacy (value iptables of the chart).
 RUN set -eu; for mode in nft legacy; do \
@@ -41,6 +47,7 @@ RUN set -eu; for mode in nft legacy; do \
 
 FROM scratch
 COPY --from=rootfs /rootfs/ /
+COPY --from=build /src/LICENSE /src/THIRD_PARTY_LICENSES /usr/share/doc/imdsgate/
 COPY --from=build /imdsgate /imdsgate
 ENV PATH=/iptables/nft:/usr/sbin:/usr/bin:/sbin:/bin
 # Root alone may use iptables; the chart takes every capability but NET_ADMIN away.

@@ -24,7 +24,7 @@ flock 9
 # The binary's sources, whether committed or not, and all that makes the image of them.
 stamp=$(cd "$top" && {
   go version
-  cat e2e/deploy/build-image.sh Dockerfile .dockerignore go.mod go.sum
+  cat e2e/deploy/build-image.sh Dockerfile .dockerignore LICENSE THIRD_PARTY_LICENSES go.mod go.sum
   find cmd cache proxy iptables -name '*.go' ! -name '*_test.go' -print0 | sort -z | xargs -0 sha256sum
 } | sha256sum | cut -d' ' -f1)
 if [[ -s $out && $(cat "$out.stamp" 2>/dev/null) == "$stamp" ]]; then

@@ -93,6 +93,16 @@ func testImage(t *testing.T, arch string, machine elf.Machine) {
 	if certs, err := os.ReadFile(filepath.Join(im.root, "etc/ssl/certs/ca-certificates.crt")); err != nil || !x509.NewCertPool().AppendCertsFromPEM(certs) {
 		t.Errorf("no authorities to check STS with: %v", err)
 	}
+	// What others want to go with their works, and what scanners want to know.
+	for file, word := range map[string]string{
+		"usr/share/doc/imdsgate/LICENSE": "Apache License", "usr/share/doc/imdsgate/THIRD_PARTY_LICENSES": "The program imdsgate is linked with",
+		"usr/share/doc/iptables/copyright": "GPL-2", "usr/share/doc/libc6/copyright": "LGPL", "usr/share/common-licenses/GPL-2": "Version 2, June 1991",
+		"var/lib/dpkg/status.d/iptables": "\nArchitecture: " + arch + "\n", "var/lib/dpkg/status.d/libc6": "\nVersion: ", "usr/lib/os-release": "ID=debian",
+	} {
+		if text, err := os.ReadFile(filepath.Join(im.root, file)); err != nil || !strings.Contains(string(text), word) {
+			t.Errorf("/%s: %v, want it with %q", file, err, word)
+		}
+	}
 	if out := im.run(t, "/imdsgate", "-version"); !strings.HasPrefix(out, "imdsgate ") {
 		t.Errorf("-version says %q", out)
 	}
