@@ -41,9 +41,9 @@ const (
 // A thousand pods of two service accounts pass through a /28 of addresses. Their sandboxes are made and removed by the real CNI
 // plugins bridge and host-local through the real libcni, as runtimes do; the API server hears of each step late, as it does
 // from a busy kubelet, so that it goes on showing an address's last holder while the next one asks. Each pod asks as its first
-// instruction and then tries what the last holder left. TestScenarioReuse does the same with real kubelets and fewer pods.
+// instruction and then tries what the last holder left. TestScenarioReuse does the same with real kubelets and fewer pods. It
+// needs the whole machine, so no other test runs beside it.
 func TestLabReuse(t *testing.T) {
-	t.Parallel()
 	var u, without first.Reuse
 	t.Cleanup(func() {
 		if err := first.Write("out", func(r *first.Report) { r.SetReuse(u); r.SetReuse(without) }); err != nil {

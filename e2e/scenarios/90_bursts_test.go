@@ -95,6 +95,9 @@ func (s *scenario) bursts(ns, source string, plan []int) ([]first.Burst, first.D
 		of := func(pod int) int { return (n + pod) % len(roles) }
 		pods := s.burst(ns, n, size, func(p *podSpec, i int) {
 			p.account, p.args = fmt.Sprint("app", of(i)), []string{"once"}
+			if size == 1 {
+				p.node = 1 + n%2
+			}
 		})
 		for i, r := range pods {
 			s.count(b, r, roles[of(i)])

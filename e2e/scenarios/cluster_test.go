@@ -99,6 +99,8 @@ func (s *scenario) reached() []string {
 	return found
 }
 
+func round(d time.Duration) time.Duration { return d.Round(100 * time.Microsecond) }
+
 func (s *scenario) sealed() {
 	s.Helper()
 	if found := s.reached(); len(found) > 0 {

@@ -2,6 +2,7 @@ package first
 
 import (
 	"math"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -9,6 +10,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/imdsgate/imdsgate/e2e/scenarios/heir"
 )
 
 const exposition = `# HELP x Something.
@@ -96,6 +99,38 @@ func TestWrite(t *testing.T) {
 			if !strings.Contains(string(b), want) {
 				t.Errorf("%s lacks %q:\n%.3000s", file, want, b)
 			}
+		}
+	}
+}
+
+// Answers are counted by whose they are, and what must not be is said.
+func TestReuse(t *testing.T) {
+	const ok = `{"Kind":"ok","AccessKeyID":"own"}`
+	results := func(first, token, inherited string) string {
+		return `{"Pod":"a","IP":"10.0.0.17","First":` + ok + `,"Tried":{}}
+			{"Pod":"b","IP":"10.0.0.17","First":` + first + `,"After":"a","Gap":7000000,"Tried":{"` + heir.OldToken + `":` + token + `,"` + heir.OldConnection + `":` + inherited + `}}`
+	}
+	refused := `{"Kind":"status","Step":"list","Code":401}`
+	for name, tt := range map[string]struct {
+		results, err string
+		wrong        int
+	}{
+		"as it should be":              {results: results(ok, refused, ok)},
+		"wrong at first":               {results: results(`{"Kind":"ok","AccessKeyID":"other"}`, refused, ok), err: "1 answers with another pod's role", wrong: 1},
+		"wrong with a token":           {results: results(ok, `{"Kind":"ok","AccessKeyID":"other"}`, ok), err: "1 answers with another pod's role", wrong: 1},
+		"refused at first":             {results: results(`{"Kind":"status","Step":"list","Code":503}`, refused, ok), err: "1 of 2 first instructions served; the others: map[status 503 at the list:1]"},
+		"refused on the connection":    {results: results(ok, refused, `{"Kind":"status","Step":"list","Code":503}`), err: "status 503"},
+		"the connection is never here": {results: results(ok, refused, `{"Kind":"cut","Step":"list"}`), err: "only 0 of 1 inherited"},
+		"the token counts":             {results: results(ok, ok, ok), err: "only 0 of 1 tokens"},
+		"another address":              {results: `{"IP":"10.0.0.1"}`, err: "is not one of"},
+	} {
+		u := Reuse{}
+		err := u.Count(strings.NewReader(tt.results), netip.MustParsePrefix("10.0.0.16/28"), func(_, key string) (bool, error) { return key == "own", nil })
+		if err == nil {
+			err = u.Check()
+		}
+		if tt.err == "" && err != nil || tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) || u.Wrong != tt.wrong {
+			t.Errorf("%s: %v, %+v; want %q", name, err, u, tt.err)
 		}
 	}
 }
