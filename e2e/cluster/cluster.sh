@@ -45,6 +45,7 @@ usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
 up() {
   local t=$SECONDS i n=${1:-${NODES:-2}}
   case $n in [1-9]) ;; *) die "NODES is 1 to 9" ;; esac
+  [ -d /sys/fs/cgroup/memory ] || die "this machine has only cgroup v2, with which the nodes were never tried: boot with systemd.unified_cgroup_hierarchy=0"
   deps
   binaries
   images

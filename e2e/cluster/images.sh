@@ -1,11 +1,11 @@
-# The images that pods use, built from Debian packages and kept in the cache. Sourced.
+# The images that pods use, built here and kept in the cache. Sourced.
 #
 #   test.local/pause:1   the sandbox
 #   test.local/coredns:1 DNS of the cluster
-#   test.local/tools:1   busybox, curl, iptables, iproute2
-#   test.local/aws:1     the AWS CLI and boto3
+#   test.local/tools:1   Debian's busybox, curl, iptables, iproute2
+#   test.local/aws:1     Debian's AWS CLI and boto3
 #
-# All trust the authority of the lab's AWS, and nothing else.
+# The last two trust the authority of the lab's AWS, and nothing else.
 
 image_dir=$CACHE/images
 image_files() { # of the cluster itself, and IMAGES or all others that are there; imdsgate's own is made by deploy/build-image.sh

@@ -2,14 +2,10 @@ package clustertest_test
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/http"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -176,54 +172,6 @@ func TestClusterDualStack(t *testing.T) {
 		}
 	}
 	c.AssertUntouched(t, mark, imds.Expected{NodeRole: true})
-}
-
-// A cluster whose state is on an overlay, as in most containers, runs pods too. Down finds what it must remove even when nobody
-// remembers what there was.
-func TestClusterLeavesNothing(t *testing.T) {
-	ctx := t.Context()
-	const name, dir = "imdsgate-left", "/var/tmp/imdsgate-left"
-	must(t, os.MkdirAll(dir, 0o700))
-	layers := t.TempDir()
-	options := fmt.Sprintf("lowerdir=%[1]s/lower,upperdir=%[1]s/upper,workdir=%[1]s/work", layers)
-	for _, layer := range []string{"lower", "upper", "work"} {
-		must(t, os.Mkdir(filepath.Join(layers, layer), 0o700))
-	}
-	must(t, syscall.Mount("overlay", dir, "overlay", 0, options))
-	var c *clustertest.Cluster
-	t.Cleanup(func() {
-		if t.Failed() && c != nil {
-			c.Down(context.Background())
-		}
-		if err := errors.Join(syscall.Unmount(dir, 0), os.Remove(dir)); err != nil {
-			t.Error(err)
-		}
-	})
-	c, err := clustertest.Up(ctx, clustertest.Options{Name: name, Nodes: 1, Images: []string{"tools"}})
-	must(t, err)
-	must(t, c.Apply(ctx, strings.ReplaceAll(workload("default", "default", false), "aws:1", "tools:1")))
-	_, err = c.Kubectl(ctx, "rollout", "status", "-n", "default", "daemonset/default", "--timeout=60s")
-	must(t, err)
-	list := func(command string) []string {
-		out, err := exec.CommandContext(ctx, "sh", "-c", command).Output()
-		must(t, err)
-		return strings.Fields(string(out))
-	}
-	const cgroups = "find /sys/fs/cgroup -type d -name " + name + "-node1"
-	pids := list("ip netns pids " + name + "-cp; ip netns pids " + name + "-node1; find $(" + cgroups + ") -name cgroup.procs -exec cat {} +")
-	if len(pids) < 10 || len(list(cgroups)) == 0 {
-		t.Fatalf("a cluster of %d processes", len(pids))
-	}
-	list("rm " + dir + "/*/*.pid " + dir + "/node1/cgroups")
-	must(t, c.Down(ctx))
-	for _, pid := range pids {
-		if stat, err := os.ReadFile("/proc/" + pid + "/stat"); err == nil && !strings.Contains(string(stat), ") Z ") {
-			t.Errorf("still there: %s", stat)
-		}
-	}
-	if left := list("ls -d /run/netns/" + name + "-* 2>/dev/null; ls -A " + dir + "; grep -o '" + dir + "/[^ ]*' /proc/self/mounts; " + cgroups + " || true"); len(left) != 0 {
-		t.Errorf("still there: %v", left)
-	}
 }
 
 // A node that loses its power and boots is the same Node, and its pods come back.
