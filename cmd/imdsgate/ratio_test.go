@@ -56,7 +56,7 @@ func (issueOnce) Issue(context.Context, cache.Key) (cache.Credentials, error) {
 }
 
 // serveForRatio is one of the two processes that are compared: the endpoint with a real cache behind it, or a bare responder
-// of the same bytes.
+// of the same headers and bytes.
 func serveForRatio(kind string) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -81,8 +81,10 @@ func serveForRatio(kind string) error {
 		body := creds.Document()
 		length := strconv.Itoa(len(body))
 		s := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Content-Type", "text/plain")
-			w.Header().Set("Content-Length", length)
+			h := w.Header()
+			h.Set("Server", "EC2ws")
+			h.Set("Content-Type", "text/plain")
+			h.Set("Content-Length", length)
 			_, _ = w.Write(body)
 		})}
 		go func() { _ = s.Serve(l) }()
