@@ -113,8 +113,8 @@ func (s *scenario) bursts(ns, source string, plan []int) ([]first.Burst, first.D
 	for _, size := range first.Sizes {
 		b := all[size]
 		slices.Sort(b.Milliseconds)
-		s.figures("%s, %d at once: %d of %d served (%.1f %%), %d wrong; p50 %.1f ms p90 %.1f ms p99 %.1f ms max %.1f ms; %v",
-			source, size, b.Served, b.Pods, b.Share(), b.Wrong, b.Quantile(.5), b.Quantile(.9), b.Quantile(.99), b.Quantile(1), b.Failures)
+		s.figures("%s, %d at once: %d of %d served (%.1f %%), %d wrong; p50 %.1f ms p90 %.1f ms p99 %.1f ms max %.1f ms; %v (for comparison: %s)",
+			source, size, b.Served, b.Pods, b.Share(), b.Wrong, b.Quantile(.5), b.Quantile(.9), b.Quantile(.99), b.Quantile(1), b.Failures, first.Peers(size))
 		list = append(list, *b)
 	}
 	s.figures("%s: of %.0f requests %.0f were told by the CNI results, %.0f by the API server; %.0f had been held, p99 within %v s; %.0f answers, p99 within %v s",
