@@ -46,18 +46,22 @@ func (c *conn) SetDeadline(t time.Time) error {
 }
 
 func (c *conn) setDeadline(d *deadline, t time.Time, socket func(time.Time) error) (err error) {
-	c.deadlines.mu.Lock()
+	l := &c.deadlines
+	l.mu.Lock()
 	d.at = t
 	switch {
+	case t.IsZero() && !d.told: // four of the six
 	case t.Equal(interrupt):
 		d.told, err = true, socket(t)
-	case d.told:
-		d.told, err = false, socket(time.Time{})
+	default:
+		if d.told {
+			d.told, err = false, socket(time.Time{})
+		}
+		if !t.IsZero() && !l.closed && (l.timer == nil || t.Before(l.next)) {
+			c.lookAt(time.Now(), t)
+		}
 	}
-	if !d.told && !t.IsZero() && !c.deadlines.closed && (c.deadlines.timer == nil || t.Before(c.deadlines.next)) {
-		c.lookAt(time.Now(), t)
-	}
-	c.deadlines.mu.Unlock()
+	l.mu.Unlock()
 	return err
 }
 
