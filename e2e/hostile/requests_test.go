@@ -18,8 +18,8 @@ var (
 	never      = regexp.MustCompile(`HTTP/1\.[01] [23]\d\d |(?i)\r\nlocation:|\r\ntransfer-encoding:`)
 )
 
-// Thousands of requests that somebody has used against a metadata endpoint, a proxy or a filter, from a pod with a role and
-// from one without: no answer holds credentials but the pod's own, nothing that nobody may have is a 200, nothing is a
+// Thousands of requests that somebody has used against a metadata endpoint, a proxy or a filter, from a pod with a role and,
+// over IPv6, from one without: no answer holds credentials but the pod's own, nothing that nobody may have is a 200, nothing is a
 // redirect, every connection ends, and at the real endpoint is no request that the table did not build. (S6, S7, S8, S11;
 // CVE-2022-23551 is among the paths)
 func TestHostileRequests(t *testing.T) {
@@ -33,6 +33,10 @@ func TestHostileRequests(t *testing.T) {
 		t.Errorf("the corpus has %d requests", len(requests))
 	}
 	for name, p := range map[string]*lab.Pod{"with a role": s.mallory, "without": s.none} {
+		to := endpoint
+		if p == s.none {
+			to = endpoint6
+		}
 		work := make(chan Request)
 		var workers sync.WaitGroup
 		var mu sync.Mutex
@@ -47,7 +51,7 @@ func TestHostileRequests(t *testing.T) {
 		for range 6 {
 			workers.Go(func() {
 				for r := range work {
-					answer, err := speak(t.Context(), p, endpoint, r.Raw)
+					answer, err := speak(t.Context(), p, to, r.Raw)
 					if err != nil && !errors.Is(err, syscall.ECONNRESET) {
 						fail(r, answer, err)
 						continue
