@@ -63,8 +63,8 @@ debs=$images/debs-$suite-$arch-$(sha256sum <"$top/Dockerfile" | cut -c1-16)
 if [[ ! -s $base ]]; then
   rm -f "$images"/base-*.tar
   mmdebstrap --quiet --variant=apt --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
-    --dpkgopt='path-exclude=/usr/share/locale/*' --customize-hook='rm -rf "$1"/var/lib/apt/lists/*' "$suite" "$work/base.tar" >&2
-  mv "$work/base.tar" "$base"
+    --dpkgopt='path-exclude=/usr/share/locale/*' --customize-hook='rm -rf "$1"/var/lib/apt/lists/*' "$suite" "$images/.base.tar" >&2
+  mv "$images/.base.tar" "$base"
 fi
 [[ -d $debs ]] || { rm -rf "$images/debs-$suite-$arch-"*; mkdir "$debs"; }
 printf 'FROM scratch\nADD %s /\n' "${base##*/}" >"$work/debian.dockerfile"

@@ -16,6 +16,7 @@ if [[ ! -x $out ]]; then
   { apt-get update -qq && apt-get download -qq qemu-user-static; } >&2
   dpkg-deb --fsys-tarfile qemu-user-static_*.deb | tar -x "./usr/bin/$name"
   mkdir -p "${out%/*}"
-  mv "usr/bin/$name" "$out"
+  cp "usr/bin/$name" "$out.new"
+  mv "$out.new" "$out"
 fi
 echo "$out"
