@@ -37,8 +37,8 @@
 //   - A pod whose result for an IP is removed has lost it: for 30 s it does not get it back by the API server's word, which was
 //     found to be up to 6 s old. Whoever has the IP next may ask before its own result is read. TestLossEnds
 //   - Otherwise results that are gone count no more; then the API server's word stands alone, at once where the whole directory
-//     goes. What cannot be read, is empty or cut off says nothing until its next event. What is older than the node's boot never does: sandboxes end with it, and
-//     pods that the API server confirms are served on its word.
+//     goes. What cannot be read, is empty or cut off says nothing until its next event. What is older than the node's boot never
+//     does: sandboxes end with it, and pods that the API server confirms are served on its word.
 //   - A static pod has the UID that its mirror's annotation kubernetes.io/config.mirror holds.
 //   - A file that a runtime left behind, of a pod that is unknown or has ended, does not keep its IP from a pod that came later:
 //     one that the kubelet took on (status.startTime) after the file was written, stays there alone by the API server's word,

@@ -520,13 +520,12 @@ func TestResultWakes(t *testing.T) {
 
 	// The directory goes with all it holds, and comes back.
 	n.must(os.RemoveAll(filepath.Dir(n.dir)))
-	poll(t, "the end of the directory", func() bool { return find(n.Pods, "10.0.0.1") == "unknown" })
+	poll(t, "the end of the directory", func() bool {
+		return find(n.Pods, "10.0.0.1") == "unknown" && strings.Count(n.log.String(), "no CNI results yet") == 2
+	})
 	n.mkdir()
 	n.write(sandbox{pod: "a", ips: []string{"10.0.0.1"}})
 	mustWait(t, n.Pods, "10.0.0.1")
-	if said := strings.Count(n.log.String(), "no CNI results yet"); said != 2 {
-		t.Errorf("said %d times that there are none, want 2:\n%s", said, n.log)
-	}
 }
 
 // An address whose result was removed is its pod's no more, whatever the API server says, until it must have heard of that.
@@ -544,6 +543,9 @@ func TestLossEnds(t *testing.T) {
 	n.expect(t, map[string]string{"10.0.0.1": "a as cart"})
 	n.remove(box)
 	poll(t, "the loss", func() bool { return find(n.Pods, "10.0.0.1") == "unknown" })
+	if e, _ := n.Explain("shop", "a"); !strings.Contains(fmt.Sprint(e.Steps), "requests from 10.0.0.1 are refused: ") && find(n.Pods, "10.0.0.1") == "unknown" {
+		t.Errorf("explained %v", e.Steps)
+	}
 	poll(t, "its end", func() bool { return find(n.Pods, "10.0.0.1") == "a as cart" })
 }
 

@@ -90,7 +90,7 @@ func (p *Pods) publish(c *change) {
 			p.ambiguous.Do(func() { p.log.Warn("pods have the same IP: nobody is served there", "ip", ip, "pods", p.names(ip)) })
 			c.reports = append(c.reports, p.ambiguity(ip)...)
 		}
-		if had == has && was == is {
+		if had == has && (was == is || !has) {
 			delete(c.ips, ip)
 			continue
 		}
@@ -126,7 +126,7 @@ func (p *Pods) holder(ip netip.Addr) (answer, bool) {
 	}
 	switch {
 	case len(pods) == 0:
-		return answer{}, false
+		return answer{err: proxy.ErrUnknownIP}, false
 	case len(pods) > 1:
 		return answer{err: proxy.ErrAmbiguousIP}, true
 	}
