@@ -77,8 +77,9 @@ bench: ## benchmarks; ratios against a bare net/http responder in the same run
 fuzz: ## ten minutes of coverage-guided fuzzing, shared among the targets
 	.ci/fuzz 600
 
-lint: ## golangci-lint (pinned), go vet, govulncheck where reachable
+lint: ## golangci-lint and actionlint (pinned), go vet, govulncheck where reachable
 	go vet ./... && cd e2e && go vet ./...
+	go run github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
 	go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0 run ./...
 	@go run golang.org/x/vuln/cmd/govulncheck@v1.9.0 ./... || echo "lint: govulncheck could not run or found something; its database is not reachable everywhere"
 
@@ -91,5 +92,6 @@ cluster-down: ## removes the cluster and whatever a dead run left of it
 cluster-bins: ## builds the lab's Kubernetes once into ~/.cache/imdsgate-e2e/bin (10 minutes), skips what is there
 	@e2e/cluster/bins/build.sh
 
-docs: ## writes the flag table into the README
-	go test ./cmd/imdsgate -run TestReadmeFlags -update
+docs: ## writes what is generated: the README's flags, the help, THIRD_PARTY_LICENSES, the table of docs/diagnosis.md (root)
+	go test ./cmd/imdsgate -run 'TestReadmeFlags|TestVersionAndHelp|TestLicenses' -update
+	cd e2e && go test ./broken -run TestDocs -update
