@@ -256,7 +256,7 @@ func createPod(ctx context.Context, kube kubernetes.Interface, namespace, name, 
 		Name: "main", Image: "registry.example/app:1", Command: []string{"/app", "--listen=:8080", "--log-level=info"},
 		Ports: []corev1.ContainerPort{{ContainerPort: 8080}},
 		Resources: corev1.ResourceRequirements{
-			Requests: corev1.ResourceList{corev1.ResourceCPU: resource.MustParse("100m"), corev1.ResourceMemory: resource.MustParse("64Mi")},
+			Requests: corev1.ResourceList{corev1.ResourceCPU: resource.MustParse("10m"), corev1.ResourceMemory: resource.MustParse("16Mi")},
 		},
 	}
 	for i := range 10 {
