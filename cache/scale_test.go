@@ -100,7 +100,7 @@ type account struct {
 	requests, throttled int
 }
 
-var errThrottled = &IssueError{Code: "Throttling", Throttled: true, Err: errors.New("Throttling: Rate exceeded")}
+var errThrottled = &IssueError{Code: "Throttling", Throttled: true, Err: errors.New("rate exceeded")}
 
 func (a *account) Issue(ctx context.Context, key Key) (Credentials, error) {
 	for attempt := range 2 {
