@@ -10,7 +10,7 @@ export CGO_ENABLED ?= 1
 GOTESTSUM := go run gotest.tools/gotestsum@v1.13.0 --format pkgname --hide-summary=skipped
 OUT := $(CURDIR)/e2e/out
 
-.PHONY: help build demo demo-down test deps test-unit test-kernel test-lab test-hostile test-clients test-cluster test-faults test-minio bench fuzz lint \
+.PHONY: help build demo demo-down test deps test-unit test-kernel test-lab test-hostile test-clients test-cluster test-faults test-torture test-minio bench fuzz lint \
   cluster cluster-down cluster-bins docs
 
 help:
@@ -64,6 +64,10 @@ test-cluster: cluster-bins ## the chart on a real cluster of real kubelets, and 
 test-faults: deps ## every fault, in its full length, on a real cluster: half an hour; writes docs/faults.md (root)
 	@mkdir -p $(OUT)
 	cd e2e && FAULTS=long $(GOTESTSUM) --format standard-verbose --jsonfile $(OUT)/faults.test.json -- -count=1 -timeout 60m ./faults/...
+
+test-torture: deps ## 1,000 pods of real kubelets through 14 addresses, each trying what the last holder left (root)
+	@mkdir -p $(OUT)
+	cd e2e && REUSE_PODS=1000 $(GOTESTSUM) --format standard-verbose --jsonfile $(OUT)/torture.json -- -count=1 -run TestScenarioReuse -timeout 60m ./scenarios/
 
 test-minio: deps ## once with a server nobody here wrote: MinIO as STS and S3 (builds it first, about 10 minutes)
 	@mkdir -p $(OUT)
