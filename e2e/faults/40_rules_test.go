@@ -49,6 +49,7 @@ ip -6 rule del pref 0 to fd00:ec2::254 unreachable`},
 		t.Run(c.name, func(t *testing.T) {
 			f := shared.fault(t, c.name, time.Minute, []int{c.node})
 			before, repairs := f.rulesOf(c.node, "iptables"), f.repairs(c.node)
+			defer f.keepOthers(c.node)()
 			f.strikes(c.node, c.command)
 			f.restored(c.node, "iptables", before)
 			f.wait("a repair that is counted", func() error {
@@ -72,6 +73,18 @@ ip -6 rule del pref 0 to fd00:ec2::254 unreachable`},
 	}
 }
 
+// keepOthers returns how to put back what kube-proxy has of rules: it looks at them as a whole once in an hour, and without them
+// nothing on the node finds the API server by the address of its service.
+func (f *fault) keepOthers(node int) func() {
+	f.Helper()
+	f.onNode(node, `iptables-save | grep -v IMDSGATE >/run/others.iptables
+: >/run/others.nft; for t in ip ip6; do ! nft list table $t kube-proxy >/run/one 2>/dev/null || { echo "table $t kube-proxy; delete table $t kube-proxy"; cat /run/one; } >>/run/others.nft; done`)
+	return func() {
+		f.Helper()
+		f.onNode(node, "iptables-restore -n </run/others.iptables && nft -f /run/others.nft; rm -f /run/others.* /run/one")
+	}
+}
+
 // repairs is how often the daemon of a node says that it has put rules right.
 func (f *fault) repairs(node int) (n int) {
 	f.Helper()
@@ -92,6 +105,7 @@ func (f *fault) repairs(node int) (n int) {
 func TestFaultXtablesLockNFT(t *testing.T) {
 	f := shared.fault(t, "xtables lock held, nft", 2*time.Minute, []int{1})
 	before := f.rulesOf(1, "iptables")
+	defer f.keepOthers(1)()
 	f.strikes(1, "flock -o /run/xtables.lock sleep 30 >/dev/null 2>&1 & sleep 0.2; iptables -t nat -F")
 	f.restored(1, "iptables", before)
 	f.done(expect{why: noRedirect, kinds: closed, whole: 3 * time.Second})

@@ -32,7 +32,7 @@ ip addr add 172.30.0.11/24 dev eth0; ip route restore </run/routes 2>/dev/null; 
 func TestFaultBridgeRecreated(t *testing.T) {
 	f := shared.fault(t, "pod bridge recreated", 2*time.Minute, []int{1})
 	before := f.rulesOf(1, "iptables")
-	f.strikes(1, `pods=$(ip -o link show master cni0 | awk -F': ' '{print $2}' | cut -d@ -f1); mac=$(cat /sys/class/net/cni0/address)
+	f.strikes(1, `pods=$(ip -o link show master cni0 | awk -F': ' '{print $2}' | cut -d@ -f1); mac=$(ip -o link show cni0 | sed 's/.*ether \([^ ]*\) .*/\1/')
 ip link del cni0; ip link add cni0 address $mac type bridge; ip addr add 10.244.1.1/24 dev cni0; ip link set cni0 up
 for p in $pods; do ip link set $p master cni0 up; bridge link set dev $p hairpin on; done`)
 	f.restored(1, "iptables", before)
