@@ -20,9 +20,10 @@ func TestFaultRules(t *testing.T) {
 		command string
 		after   string // undoes what is not ours to undo
 		fails   bool   // requests may
+		flushes bool   // what others have, too
 	}{
-		{name: "iptables -F", node: 1, command: "iptables -t nat -F; iptables -F", fails: true},
-		{name: "nft flush ruleset", node: 2, command: "nft flush ruleset", fails: true},
+		{name: "iptables -F", node: 1, command: "iptables -t nat -F; iptables -F", fails: true, flushes: true},
+		{name: "nft flush ruleset", node: 2, command: "nft flush ruleset", fails: true, flushes: true},
 		{name: "chain edited", node: 1, command: "iptables -t nat -I IMDSGATE -p udp -j RETURN; iptables -F IMDSGATE"},
 		{
 			name: "jump displaced", node: 1, command: "iptables -t nat -N OTHER; iptables -t nat -I PREROUTING -j OTHER",
@@ -49,7 +50,9 @@ ip -6 rule del pref 0 to fd00:ec2::254 unreachable`},
 		t.Run(c.name, func(t *testing.T) {
 			f := shared.fault(t, c.name, time.Minute, []int{c.node})
 			before, repairs := f.rulesOf(c.node, "iptables"), f.repairs(c.node)
-			defer f.keepOthers(c.node)()
+			if c.flushes {
+				defer f.keepOthers(c.node, "nat filter")()
+			}
 			f.strikes(c.node, c.command)
 			f.restored(c.node, "iptables", before)
 			f.wait("a repair that is counted", func() error {
@@ -74,10 +77,10 @@ ip -6 rule del pref 0 to fd00:ec2::254 unreachable`},
 }
 
 // keepOthers returns how to put back what kube-proxy has of rules: it looks at them as a whole once in an hour, and without them
-// nothing on the node finds the API server by the address of its service.
-func (f *fault) keepOthers(node int) func() {
+// nothing on the node finds the API server by the address of its service. tables are those of iptables that are emptied.
+func (f *fault) keepOthers(node int, tables string) func() {
 	f.Helper()
-	f.onNode(node, `iptables-save | grep -v IMDSGATE >/run/others.iptables
+	f.onNode(node, "for t in "+tables+"; do iptables-save -t $t; done | grep -v IMDSGATE >/run/others.iptables"+`
 : >/run/others.nft; for t in ip ip6; do ! nft list table $t kube-proxy >/run/one 2>/dev/null || { echo "table $t kube-proxy; delete table $t kube-proxy"; cat /run/one; } >>/run/others.nft; done`)
 	return func() {
 		f.Helper()
@@ -105,7 +108,7 @@ func (f *fault) repairs(node int) (n int) {
 func TestFaultXtablesLockNFT(t *testing.T) {
 	f := shared.fault(t, "xtables lock held, nft", 2*time.Minute, []int{1})
 	before := f.rulesOf(1, "iptables")
-	defer f.keepOthers(1)()
+	defer f.keepOthers(1, "nat")()
 	f.strikes(1, "flock -o /run/xtables.lock sleep 30 >/dev/null 2>&1 & sleep 0.2; iptables -t nat -F")
 	f.restored(1, "iptables", before)
 	f.done(expect{why: noRedirect, kinds: closed, whole: 3 * time.Second})
