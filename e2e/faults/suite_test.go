@@ -214,7 +214,7 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// report is the table. A run replaces the rows of its faults and keeps the others of the same machine and kind of run.
+// report is the table. A run replaces the rows of its faults and keeps the others.
 type report struct {
 	Machine string
 	Date    string
@@ -256,9 +256,7 @@ func newReport(long bool) (report, error) {
 		if err := json.Unmarshal(b, &before); err != nil {
 			return r, fmt.Errorf("%s/faults.json: %w: remove it", dir, err)
 		}
-		if before.Long == long {
-			r.Rows = before.Rows
-		}
+		r.Rows, r.Long = before.Rows, before.Long || long
 	}
 	r.Machine, r.Date = machine(), time.Now().UTC().Format(time.DateOnly)
 	return r, nil
