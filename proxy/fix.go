@@ -88,7 +88,8 @@ func (p *Policy) noRole(s Subject, a annotated) *Refusal {
 	if p.PodAnnotations {
 		r.Text += ", and pod " + s.Pod.Namespace + "/" + s.Pod.Name + " has no " + AnnotationPodRole + " annotation"
 	}
-	r.Fix = annotateCommand("serviceaccount", s.Pod.Namespace, s.Pod.ServiceAccount, AnnotationRoleARN, role, false)
+	_, empty := s.ServiceAccountAnnotations[AnnotationRoleARN] // kubectl overwrites nothing unasked, not even an empty value
+	r.Fix = annotateCommand("serviceaccount", s.Pod.Namespace, s.Pod.ServiceAccount, AnnotationRoleARN, role, empty)
 	return r
 }
 

@@ -22,6 +22,7 @@ func TestFixes(t *testing.T) {
 		{name: "no role", policy: noBase, fix: account + "eks.amazonaws.com/role-arn=arn:aws:iam::ACCOUNT:role/ROLE"},
 		{name: "no role with a base", policy: func(p *Policy) { p.BaseRoleARN = "arn:aws:iam::123456789012:role/team" }, fix: account + "eks.amazonaws.com/role-arn=arn:aws:iam::123456789012:role/team/ROLE"},
 		{name: "no service account", policy: noBase, subject: absent, fix: account + "eks.amazonaws.com/role-arn=arn:aws:iam::ACCOUNT:role/ROLE"},
+		{name: "empty role", policy: noBase, account: withRole(AnnotationRoleARN, ""), fix: account + "eks.amazonaws.com/role-arn=arn:aws:iam::ACCOUNT:role/ROLE --overwrite"},
 		{name: "role on the pod", pod: map[string]string{AnnotationRoleARN: testARN}, fix: account + "eks.amazonaws.com/role-arn=" + testARN},
 		{name: "kube2iam's role on the pod", pod: map[string]string{AnnotationPodRole: testARN}, fix: account + "eks.amazonaws.com/role-arn=" + testARN},
 		{name: "hostile role on the pod", policy: noBase, pod: map[string]string{AnnotationPodRole: "arn:aws:iam::123456789012:role/';id;'/r"}, fix: ""},
