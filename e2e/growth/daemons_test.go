@@ -15,6 +15,7 @@ import (
 
 	"github.com/imdsgate/imdsgate/e2e/bench/report"
 	"github.com/imdsgate/imdsgate/e2e/lab"
+	"github.com/imdsgate/imdsgate/e2e/labtest"
 )
 
 const (
@@ -40,6 +41,7 @@ func BenchmarkDaemons(b *testing.B) {
 	for i := range nodes {
 		nodes[i], _ = node(b, podsEach)
 	}
+	start := startKubelet(b, kubemark)
 	idle := idleCPU(b)
 	daemons := measure(b, manyDaemons, idle, func(ctx context.Context, i int) (*relay, func(), error) {
 		s, err := launch(ctx, nodes[i], "-cni-results", "")
@@ -48,7 +50,7 @@ func BenchmarkDaemons(b *testing.B) {
 		}
 		return s.relay, s.stop, s.issued(ctx, podsEach)
 	})
-	kubelet := measure(b, 1, idle, startKubelet(b, kubemark))
+	kubelet := measure(b, 1, idle, start)
 	if err := report.Add(reportDir, daemonsSection(daemons, kubelet)); err != nil {
 		b.Fatal(err)
 	}
@@ -117,19 +119,19 @@ func measure(b *testing.B, clients int, idle float64, start func(context.Context
 
 // startKubelet runs the kubelet's own code with a container runtime that pretends (kubemark), on a node with as many pods.
 func startKubelet(b *testing.B, kubemark string) func(context.Context, int) (*relay, func(), error) {
+	b.Helper()
+	ctx, cancel := context.WithTimeout(b.Context(), 2*time.Minute)
+	defer cancel()
+	n := labtest.Node(b, shared, lab.NodeOptions{IPv4Only: true})
+	everything := []rbacv1.PolicyRule{{APIGroups: []string{"*"}, Resources: []string{"*"}, Verbs: []string{"*"}}}
+	if err := n.SetPermissions(ctx, everything); err != nil {
+		b.Fatal(err)
+	}
+	c := &crowd{kube: shared.Kube, node: n.Name, net: byte(n.Index), cas: true}
+	if err := c.populate(ctx, podsEach); err != nil {
+		b.Fatal(err)
+	}
 	return func(ctx context.Context, _ int) (*relay, func(), error) {
-		n, err := shared.AddNode(ctx, lab.NodeOptions{IPv4Only: true})
-		if err != nil {
-			return nil, nil, err
-		}
-		everything := []rbacv1.PolicyRule{{APIGroups: []string{"*"}, Resources: []string{"*"}, Verbs: []string{"*"}}}
-		if err := n.SetPermissions(ctx, everything); err != nil {
-			return nil, nil, err
-		}
-		c := &crowd{kube: shared.Kube, node: n.Name, net: byte(n.Index), cas: true}
-		if err := c.populate(ctx, podsEach); err != nil {
-			return nil, nil, err
-		}
 		r, kubeconfig, err := startRelay(ctx, n)
 		if err != nil {
 			return nil, nil, err
@@ -145,9 +147,6 @@ func startKubelet(b *testing.B, kubemark string) func(context.Context, int) (*re
 			end()
 			<-ended
 			r.close()
-			if err := n.Close(); err != nil {
-				b.Error(err)
-			}
 		}
 		// It has started when it watches nothing new for some time: it says so nowhere.
 		for last, quiet := r.received.Load(), time.Now(); time.Since(quiet) < 10*time.Second; {
