@@ -52,7 +52,7 @@ func (d *daemon) serveHTTP(ctx context.Context, name, network, addr string, h ht
 	if network == "tcp" { // pods reach the node's addresses too
 		l = proxy.LimitListener(l, opsConnections, opsConnectionsPerIP)
 	}
-	s := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: 75 * time.Second, MaxHeaderBytes: 16 << 10}
+	s := opsServer(h)
 	stopped := make(chan struct{})
 	defer context.AfterFunc(ctx, func() {
 		defer close(stopped)
@@ -65,6 +65,13 @@ func (d *daemon) serveHTTP(ctx context.Context, name, network, addr string, h ht
 	}
 	<-stopped
 	return nil
+}
+
+// opsServer gives up on clients that do not read: three of them would be all the scrapes that there may be at a time.
+func opsServer(h http.Handler) *http.Server {
+	return &http.Server{
+		Handler: h, ReadTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: 75 * time.Second, MaxHeaderBytes: 16 << 10,
+	}
 }
 
 // bindOps returns nil without an error when there is no use in trying: then the reason is logged.
