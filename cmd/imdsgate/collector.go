@@ -17,7 +17,8 @@ const (
 	lookEvery  = time.Second
 )
 
-// gcPercentStart is for the start, which leaves much garbage: what lives long then lies close together.
+// gcPercentStart is for the start, which leaves much garbage: what lives long then lies close together. It is never less, or a daemon
+// with much that lives would do nothing but collect.
 const gcPercentStart = 20
 
 // collector sets the room of Go's garbage collector. Its zero value is one that has set nothing.
@@ -52,7 +53,7 @@ func (c *collector) look(now time.Time, h heap) (percent int, returned bool) {
 	}
 	// With p per cent, collection begins at the larger of live+p·live and p·4 MiB.
 	live := max(h.live, 1<<20)
-	return int(min(100*room/live, 100*(room+live)/(4<<20))), was && !c.large
+	return max(gcPercentStart, int(min(100*room/live, 100*(room+live)/(4<<20)))), was && !c.large
 }
 
 // follow looks and sets. Setting stops the world for some 20 µs, so it needs a reason.

@@ -37,6 +37,9 @@ func TestCollectorRoom(t *testing.T) {
 	if percent, _ := c.look(now.Add(time.Second), heap{allocated, 0}); percent != 75 { // 3 MiB
 		t.Errorf("%d %% before the first collection, want 75", percent)
 	}
+	if percent, _ := c.look(now.Add(time.Minute), heap{allocated, 500 * mb}); percent != gcPercentStart {
+		t.Errorf("%d %% with 500 MiB that live", percent)
+	}
 	if h := readHeap(); h.allocated == 0 {
 		t.Error("the runtime's metrics have other names")
 	}
