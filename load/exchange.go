@@ -65,17 +65,12 @@ type response struct {
 var (
 	errMalformed = errors.New("malformed")
 	errTooLong   = errors.New("too long")
-
-	headEnd       = []byte("\r\n\r\n")
-	contentLength = []byte("content-length")
-	connection    = []byte("connection")
-	closes        = []byte("close")
 )
 
 // parse reads an answer with a Content-Length, the only ones that SDKs are safe with. It returns false while there is more to
 // come.
 func parse(b []byte) (r response, ok bool, err error) {
-	end := bytes.Index(b, headEnd)
+	end := bytes.Index(b, []byte("\r\n\r\n"))
 	if end < 0 {
 		return r, false, nil
 	}
@@ -92,15 +87,15 @@ func parse(b []byte) (r response, ok bool, err error) {
 		name, value, _ := bytes.Cut(line, []byte(":"))
 		value = bytes.TrimSpace(value)
 		switch {
-		case bytes.EqualFold(name, contentLength):
+		case bytes.EqualFold(name, []byte("content-length")):
 			if length, err = strconv.Atoi(string(value)); err != nil {
 				return r, false, errMalformed
 			}
-		case bytes.EqualFold(name, connection):
-			r.close = bytes.EqualFold(value, closes)
+		case bytes.EqualFold(name, []byte("connection")):
+			r.close = bytes.EqualFold(value, []byte("close"))
 		}
 	}
-	body := b[end+len(headEnd):]
+	body := b[end+len([]byte("\r\n\r\n")):]
 	switch {
 	case length < 0 || len(body) > length:
 		return r, false, errMalformed

@@ -52,7 +52,7 @@ func (e *endpoint) set(f func()) {
 
 func (e *endpoint) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	e.mu.Lock()
-	what := fmt.Sprintf("%s %s %q", r.Method, strings.TrimPrefix(r.URL.Path, "/latest/"), r.Header.Get(http.CanonicalHeaderKey("X-aws-ec2-metadata-token")))
+	what := fmt.Sprintf("%s %s %q", r.Method, strings.TrimPrefix(r.URL.Path, "/latest/"), r.Header.Get("X-aws-ec2-metadata-token"))
 	e.asked[what]++
 	stall, list := time.Duration(0), e.list
 	if strings.HasSuffix(r.URL.Path, "my-role") {

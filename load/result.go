@@ -41,7 +41,9 @@ type Point struct {
 }
 
 // percentiles are those of Curve.
-var percentiles = [...]float64{0, 10, 20, 30, 40, 50, 60, 70, 75, 80, 85, 90, 92.5, 95, 97, 98, 99, 99.25, 99.5, 99.75, 99.9, 99.95, 99.99, 99.995, 99.999}
+func percentiles() []float64 {
+	return []float64{0, 10, 20, 30, 40, 50, 60, 70, 75, 80, 85, 90, 92.5, 95, 97, 98, 99, 99.25, 99.5, 99.75, 99.9, 99.95, 99.99, 99.995, 99.999}
+}
 
 const (
 	shortest, longest = int64(100 * time.Nanosecond), int64(10 * time.Minute) // that a histogram tells apart
@@ -64,7 +66,7 @@ func Summarize(h *hdrhistogram.Histogram) Quantiles {
 func (r *Result) Curve() []Point {
 	var points []Point
 	n := float64(r.Latency.TotalCount())
-	for _, p := range percentiles {
+	for _, p := range percentiles() {
 		if n*(100-p) < 100 { // fewer than one operation is beyond
 			break
 		}
