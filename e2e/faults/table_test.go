@@ -44,6 +44,15 @@ func (r *report) markdown() string {
 		fmt.Fprintf(&b, "| **%s**: %s | %s: %s | %s | %s after %s%s | %s | %d, %d, %d |\n", row.Fault, row.How, nodes(row.Nodes),
 			strings.Join(answers, ", "), seconds(row.LongestGap), seconds(row.Whole), row.Since, notes(row.Notes), failed, row.Node, row.Foreign, row.Expired)
 	}
+	var missing []string
+	for _, e := range catalogue {
+		if !slices.ContainsFunc(r.Rows, func(x row) bool { return x.Fault == e.name }) {
+			missing = append(missing, fmt.Sprintf("* **%s**: %s\n", e.name, strings.ReplaceAll(e.how, ", for %s", "")))
+		}
+	}
+	if len(missing) > 0 {
+		fmt.Fprintf(&b, "\nNot in these runs:\n\n%s", strings.Join(missing, ""))
+	}
 	return b.String()
 }
 
