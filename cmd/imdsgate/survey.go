@@ -71,7 +71,8 @@ func survey(ctx context.Context, c *Config, w io.Writer) error {
 		kinds = append(kinds, k)
 	}
 	slices.SortFunc(kinds, func(a, b kind) int {
-		return cmp.Or(cmp.Compare(a.outcome, b.outcome), cmp.Compare(a.namespace, b.namespace), cmp.Compare(a.owner, b.owner), cmp.Compare(a.granted, b.granted))
+		return cmp.Or(cmp.Compare(a.outcome, b.outcome), cmp.Compare(a.namespace, b.namespace), cmp.Compare(a.owner, b.owner),
+			cmp.Compare(a.account, b.account), cmp.Compare(a.granted, b.granted), cmp.Compare(a.named, b.named))
 	})
 	for _, k := range kinds {
 		if k.outcome != none {
