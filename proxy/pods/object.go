@@ -80,9 +80,9 @@ func (f *follower[O]) pause(ctx context.Context, err error) {
 	}
 }
 
-// pauses are those between attempts to reach the API server.
+// pauses are those between attempts to reach the API server: as client-go has them, 0.8 s to 1 min, jitter included.
 func (p *Pods) pauses() *wait.Backoff {
-	b := wait.Backoff{Duration: 800 * time.Millisecond, Factor: 2, Jitter: 1, Steps: 7, Cap: time.Minute}
+	b := wait.Backoff{Duration: 800 * time.Millisecond, Factor: 2, Jitter: 1, Steps: 7, Cap: 30 * time.Second}
 	if p.backoff != nil {
 		b = *p.backoff
 	}

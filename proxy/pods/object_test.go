@@ -87,3 +87,19 @@ func TestStreamGoesOn(t *testing.T) {
 		t.Errorf("%d lists", n)
 	}
 }
+
+// A watch of one object is opened again as soon after an outage as that of the pods: what was annotated meanwhile counts within a
+// minute.
+func TestPausesEnd(t *testing.T) {
+	t.Parallel()
+	var longest time.Duration
+	for range 20 {
+		pauses := (&Pods{}).pauses()
+		for range 30 {
+			longest = max(longest, pauses.Step())
+		}
+	}
+	if longest > time.Minute || longest < 30*time.Second {
+		t.Errorf("the longest pause is %v", longest)
+	}
+}
