@@ -184,7 +184,7 @@ func (s *scenario) metrics() first.Metrics {
 	s.Helper()
 	m := first.Metrics{}
 	for node := 1; node <= 2; node++ {
-		text := s.onNode(node, "curl", "-sf", "--noproxy", "*", fmt.Sprintf("http://%s:9181/metrics", control.NodeIP(node)))
+		text := s.onNode(node, "curl", "-sf", "--noproxy", "*", "--retry", "10", "--retry-delay", "1", "--retry-connrefused", fmt.Sprintf("http://%s:9181/metrics", control.NodeIP(node)))
 		s.must(m.Read(strings.NewReader(text)))
 	}
 	return m
