@@ -52,12 +52,13 @@
 //   - When all are in use, a source IP that has fewer than another gets one of the greediest's: the one that was answered
 //     the longest ago. So every pod gets its share, however many others want everything, and nobody is reset while there is
 //     room. (TestConnectionsInAll, TestConnectionsOfManyGreedy)
-//   - A second of time a second, with 50 ms in hand, and is charged 75 µs for an answer, 100 µs for a session token or a
-//     connection, 500 µs for a refusal or a connection without an answer. Who has used it up waits for the next request of
-//     each connection to be read, 300 ms at most, and is not refused: a load test of 13,000 requests a second does not notice, a
-//     loop of refusals costs the daemon little, and a client that was told to close would only cost more. (TestBudgets,
-//     TestDebtOutlastsConnections) While nobody else asks, nobody waits. (TestAloneWaitsForNobody)
-//   - A head of 16 KiB, 5 s for it, and 48 KiB of the kernel's buffers for each connection. (TestSlowloris, TestHostileMemory)
+//   - A second of the daemon's time in each second, with 50 ms in hand. An answer is charged 75 µs, a session token or a
+//     connection 100 µs, a refusal or a connection without an answer 500 µs. Who has used it up waits for the next request of
+//     each connection to be read, 300 ms at most: a load test of 13,000 requests a second does not notice, a loop of refusals
+//     costs the daemon little, and a client that was told to close would only cost more. Who owes the whole 300 ms gets no new
+//     connection. (TestBudgets, TestDebtOutlastsConnections) While nobody else asks, nobody waits. (TestAloneWaitsForNobody)
+//   - A head of 16 KiB, 5 s for it, and 48 KiB of the kernel's buffers for each connection, which the kernel doubles for its
+//     own use. (TestSlowloris, TestHostileMemory)
 //   - A source with 50 refused session tokens a second is told to close. (TestTokenRefusalLoop)
 //
 // Refused connections count as imdsgate_denied_requests_total{reason="connections"}.
