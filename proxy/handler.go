@@ -296,8 +296,8 @@ func (q request) ready(g *Grant) (creds *cache.Credentials, waited bool, err err
 	return creds, waited || q.held, nil
 }
 
-// credentialsFailed reports what stands until somebody changes something; what may pass by itself, such as throttling, is
-// no Event.
+// credentialsFailed reports what somebody can mend: STS's no, and what there is a hint for, such as an STS that cannot be
+// reached. What passes by itself, such as throttling, is no Event.
 func (q request) credentialsFailed(c *Caller, err error) answer {
 	issue, _ := errors.AsType[*cache.IssueError](err)
 	if _, _, text := status(err); issue != nil && (issue.Denied || issue.Hint != "") {

@@ -66,7 +66,7 @@ const unreadable = "\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: c
 
 func (c *conn) Write(p []byte) (int, error) {
 	first := bytes.IndexByte(p, '\r')
-	if first < 0 || !bytes.HasPrefix(p[first:], []byte(unreadable)) {
+	if c.perRead > 0 || first < 0 || !bytes.HasPrefix(p, []byte("HTTP/1.")) || !bytes.HasPrefix(p[first:], []byte(unreadable)) {
 		return c.Conn.Write(p)
 	}
 	body := p[first+len(unreadable):]

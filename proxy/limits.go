@@ -124,6 +124,11 @@ func (s *source) charge(now time.Time, cost time.Duration) (wait time.Duration) 
 	}
 }
 
+// owes says whether the source has more to pay than it may wait for.
+func (s *source) owes(now time.Time) bool {
+	return s.used.Load()+int64(costConn) >= now.UnixNano()+int64(credit+maxWait)
+}
+
 // alone is how long nobody else must have asked for a source to be alone.
 const alone = 250 * time.Millisecond
 
@@ -154,8 +159,8 @@ func (s *shares) acquire(c *conn, ip netip.Addr, now time.Time) (ok bool, evicte
 	if src != nil {
 		n = len(src.conns)
 	}
-	if n >= s.maxPerIP {
-		return false, nil
+	if n >= s.maxPerIP || src != nil && src.owes(now) {
+		return false, nil // before anybody makes room for it
 	}
 	if s.total >= s.max {
 		if evicted = s.greediest(n).oldest(); evicted == nil {
@@ -210,7 +215,7 @@ func (s *shares) remove(c *conn) {
 	}
 	delete(c.source.conns, c)
 	s.total--
-	if c.served.Load() == c.accepted { // nobody was answered on it
+	if c.served.Load() == c.accepted { // nobody was answered on it; with perRead answers are not noted
 		c.source.charge(time.Now(), costRefusal)
 	}
 	// A source that still has to pay is kept, or reconnecting would make it forget.

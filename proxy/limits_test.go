@@ -321,11 +321,24 @@ func TestDebtOutlastsConnections(t *testing.T) {
 	}
 	s.release(c)
 	s.release(c)
+	for i := range 10 {
+		s.acquire(&conn{}, netip.AddrFrom4([4]byte{10, 0, 0, byte(i)}), now)
+	}
+	if ok, evicted := s.acquire(&conn{}, ip, now); ok || evicted != nil || s.total != 10 {
+		t.Errorf("who owes gets a connection: %v, one of another is closed for it: %v; %d in all", ok, evicted != nil, s.total)
+	}
+	for _, src := range s.sources {
+		for c := range src.conns {
+			c.served.Store(1)
+			s.release(c)
+		}
+	}
 	again := &conn{}
-	s.acquire(again, ip, now)
+	s.acquire(again, ip, now.Add(100*time.Millisecond))
 	if again.source != c.source || s.total != 1 {
 		t.Errorf("forgotten at once; %d connections", s.total)
 	}
+	again.served.Store(1)
 	s.release(again)
 	s.acquire(&conn{}, podIPs["role"], now.Add(2*time.Second))
 	if len(s.sources) != 1 {
