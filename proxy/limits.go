@@ -159,10 +159,13 @@ func (s *shares) acquire(c *conn, ip netip.Addr, now time.Time) (ok bool, evicte
 	if src != nil {
 		n = len(src.conns)
 	}
-	if n >= s.maxPerIP || src != nil && src.owes(now) {
-		return false, nil // before anybody makes room for it
+	if n >= s.maxPerIP {
+		return false, nil
 	}
 	if s.total >= s.max {
+		if src != nil && src.owes(now) {
+			return false, nil // before anybody makes room for it; while there is room, it may be alone
+		}
 		if evicted = s.greediest(n).oldest(); evicted == nil {
 			return false, nil
 		}
@@ -215,7 +218,7 @@ func (s *shares) remove(c *conn) {
 	}
 	delete(c.source.conns, c)
 	s.total--
-	if c.served.Load() == c.accepted { // nobody was answered on it; with perRead answers are not noted
+	if c.perRead == 0 && c.served.Load() == c.accepted { // nobody was answered on it; with perRead answers are not noted
 		c.source.charge(time.Now(), costRefusal)
 	}
 	// A source that still has to pay is kept, or reconnecting would make it forget.

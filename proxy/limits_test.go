@@ -298,6 +298,18 @@ func TestAloneWaitsForNobody(t *testing.T) {
 	}
 }
 
+// Nor is a new connection refused while there is room, whatever its source has asked before.
+func TestAloneIsNotRefused(t *testing.T) {
+	s, now, c := newShares(10, 10), time.Now(), &conn{}
+	s.acquire(c, podIPs["other"], now)
+	for range 10_000 {
+		s.charge(c.source, now, costAnswer)
+	}
+	if ok, _ := s.acquire(&conn{}, podIPs["other"], now); !ok || s.charge(c.source, now, costConn) != 0 {
+		t.Error("a load test of one pod alone gets no further connection")
+	}
+}
+
 // Reconnecting does not make a source forget what it owes, and what it paid is forgotten.
 func TestDebtOutlastsConnections(t *testing.T) {
 	s, ip, now := newShares(10, 10), podIPs["other"], time.Now()
@@ -313,6 +325,13 @@ func TestDebtOutlastsConnections(t *testing.T) {
 	s.release(c)
 	if wait := c.source.charge(now, 0); wait < costRefusal+costToken-credit {
 		t.Errorf("a connection for nothing costs %v", wait+credit)
+	}
+	owes := c.source.charge(now, 0)
+	c = &conn{perRead: time.Millisecond} // of an operator's port, where answers are not noted
+	s.acquire(c, ip, now)
+	s.release(c)
+	if wait := c.source.charge(now, 0); wait != owes {
+		t.Errorf("an operator's connection costs %v", wait-owes)
 	}
 	c = &conn{}
 	s.acquire(c, ip, now)
