@@ -10,7 +10,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/imdsgate/imdsgate/load"
+	"github.com/imdsgate/imdsgate/cmd/imdsgate-load/load"
 )
 
 const (

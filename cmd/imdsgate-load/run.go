@@ -12,7 +12,7 @@ import (
 	"os"
 	"time"
 
-	"github.com/imdsgate/imdsgate/load"
+	"github.com/imdsgate/imdsgate/cmd/imdsgate-load/load"
 )
 
 // More than this is no question that a person has of a cluster in use, but a test of the node: it must be meant.

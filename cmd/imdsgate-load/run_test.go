@@ -16,7 +16,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/imdsgate/imdsgate/load"
+	"github.com/imdsgate/imdsgate/cmd/imdsgate-load/load"
 )
 
 const secret = "wJalrXUtnFEMI-not-to-be-seen"

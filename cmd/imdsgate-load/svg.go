@@ -6,7 +6,7 @@ import (
 	"math"
 	"time"
 
-	"github.com/imdsgate/imdsgate/load"
+	"github.com/imdsgate/imdsgate/cmd/imdsgate-load/load"
 )
 
 // drawing is the latencies by percentile. Each further nine of the percentiles takes as much room as the one before.

@@ -7,7 +7,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/imdsgate/imdsgate/load"
+	"github.com/imdsgate/imdsgate/cmd/imdsgate-load/load"
 )
 
 func (c *config) describe() string {
