@@ -23,8 +23,7 @@ type deadline struct {
 	told bool      // the socket has been told, and lets nothing pass
 }
 
-// look is how long the timer waits at most. It thus fires before any deadline that can be set after it was, but those that are
-// shorter than what net/http sets, which move it.
+// look is how often the timer fires at least. A deadline that comes earlier than its next time moves it.
 const look = readHeaderTimeout
 
 // interrupt is how net/http ends a read of its own at once.

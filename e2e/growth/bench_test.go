@@ -125,8 +125,8 @@ func clusterSection(sizes []size, counts []int, samples []sample) report.Section
 		Text: fmt.Sprintf("One daemon on a node of the lab, real etcd and kube-apiserver, every object made through the API. Each pod of the node has a service "+
 			"account of its own, five share a namespace: the most that as many pods can cost. Bytes are those on the TCP connections to the API server, TLS included, "+
 			"counted by a relay. Memory is that of /proc, %v after a minute of churn, and at its end: every %v a pod of each node is deleted and replaced, with the three status "+
-			"updates of a kubelet, and other nodes' pods, service accounts and namespaces are changed %d times a second. What is not anonymous are pages of the program, clean and in the page cache all the same; every ten seconds "+
-			"the daemon lets go of them when more than 10 MB are mapped, so RSS in churn shows what it is without that.\n\n"+
+			"updates of a kubelet, and other nodes' pods, service accounts and namespaces are changed %d times a second. What is not anonymous are pages of the program, clean and in the page cache all the same; the daemon "+
+			"lets go of them 30 s after its start, and they come back as they are used.\n\n"+
 			"    cd e2e && go test ./growth -run '^$' -bench Cluster -benchtime 1x", restTime, churnNode, churnCluster),
 		Bars: []report.Bar{
 			{What: "RSS with 250 pods on the node, 20,000 pods and 10,000 service accounts in the cluster", Value: float64(most.Memory.RSS) / 1e6, Max: maxRSS / 1e6, Unit: "MB"},
