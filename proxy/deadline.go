@@ -27,7 +27,7 @@ type deadline struct {
 const look = readHeaderTimeout
 
 // interrupt is how net/http ends a read of its own at once.
-var interrupt = time.Unix(1, 0)
+func interrupt() time.Time { return time.Unix(1, 0) }
 
 // SetReadDeadline implements net.Conn.
 func (c *conn) SetReadDeadline(t time.Time) error {
@@ -50,7 +50,7 @@ func (c *conn) setDeadline(d *deadline, t time.Time, socket func(time.Time) erro
 	d.at = t
 	switch {
 	case t.IsZero() && !d.told: // four of the six
-	case t.Equal(interrupt):
+	case t.Equal(interrupt()):
 		d.told, err = true, socket(t)
 	default:
 		if d.told {
@@ -95,7 +95,7 @@ func (c *conn) lookAfter() {
 			next = earlier(next, d.at)
 		default:
 			d.told = true
-			_ = d.socket(interrupt) // fails when it is closed
+			_ = d.socket(interrupt()) // fails when it is closed
 		}
 	}
 	if !l.closed {

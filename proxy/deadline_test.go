@@ -133,7 +133,7 @@ func TestDeadlinesAreCheap(t *testing.T) {
 			_ = c.SetReadDeadline(after(readHeaderTimeout))
 			_ = c.SetReadDeadline(time.Time{})
 			_ = c.SetWriteDeadline(after(writeTimeout))
-			_ = c.SetReadDeadline(interrupt)
+			_ = c.SetReadDeadline(interrupt())
 			_ = c.SetReadDeadline(time.Time{})
 		}
 		if socket.reads > 2*requests || socket.writes != 0 {
