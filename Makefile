@@ -97,7 +97,7 @@ cluster: cluster-bins ## the lab cluster alone: NODES=2; prints the kubeconfig's
 cluster-down: ## removes the cluster and whatever a dead run left of it
 	@e2e/cluster/cluster.sh down
 
-cluster-bins: ## builds the lab's Kubernetes once into ~/.cache/imdsgate-e2e/bin (10 minutes), skips what is there
+cluster-bins: ## builds the lab's Kubernetes once into ~/.cache/imdsgate-e2e/bin (12 minutes), skips what is there
 	@e2e/cluster/bins/build.sh
 
 docs: ## writes what is generated: the README's flags, the help, THIRD_PARTY_LICENSES, the table of docs/diagnosis.md (root)
