@@ -117,7 +117,11 @@ const (
 func (s *source) charge(now time.Time, cost time.Duration) (wait time.Duration) {
 	for t := now.UnixNano(); ; {
 		used := s.used.Load()
-		next := min(max(used, t)+int64(cost), t+int64(credit+maxWait))
+		owed := max(used, t)
+		if used-t > int64(time.Second) { // more than anybody can owe: the clock was set back
+			owed = t
+		}
+		next := min(owed+int64(cost), t+int64(credit+maxWait))
 		if s.used.CompareAndSwap(used, next) {
 			return time.Duration(next-t) - credit
 		}
