@@ -91,7 +91,7 @@ func (f *fault) keepOthers(node int, tables string) func() {
 // repairs is how often the daemon of a node says that it has put rules right.
 func (f *fault) repairs(node int) (n int) {
 	f.Helper()
-	out := f.onNode(node, fmt.Sprintf("curl -sSf -m3 http://%s:9181/metrics", f.Node(node).IP()))
+	out := f.onNode(node, fmt.Sprintf("curl -sSf -m3 --retry 10 --retry-delay 1 --retry-connrefused http://%s:9181/metrics", f.Node(node).IP()))
 	for _, what := range []string{"guard", "redirect"} {
 		_, after, ok := strings.Cut(out, fmt.Sprintf("\nimdsgate_repairs_total{what=%q} ", what))
 		text, _, _ := strings.Cut(after, "\n")

@@ -43,7 +43,7 @@ func TestScenarioBursts(t *testing.T) {
 		s := beginScenario(t, 6*time.Minute)
 		s.install()
 		var d first.Daemon
-		cni, d = s.bursts("bursts", first.CNI, plan(9, 30))
+		cni, d = s.bursts("bursts", first.CNI, plan(9, 40))
 		if pods := cni[0].Pods + cni[1].Pods + cni[2].Pods; pods != 500 {
 			t.Errorf("%d pods instead of 500", pods)
 		}

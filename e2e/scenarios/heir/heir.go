@@ -71,11 +71,12 @@ func (p Pod) Run(ctx context.Context, dir string, limit time.Duration) error {
 		r.After, r.Gap = old.Pod, time.Since(old.At)
 		p.try(ctx, old, token, limit, r.Tried)
 	}
-	frozen, err := Freeze(own)
-	if err != nil {
-		return err
-	}
-	if err := write(file, estate{Pod: p.Name, Token: token, At: time.Now(), Connection: frozen}); err != nil {
+	// A connection with data under way cannot be handed on. Then the next holder inherits nothing, which its result shows.
+	if frozen, err := Freeze(own); err != nil {
+		if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	} else if err := write(file, estate{Pod: p.Name, Token: token, At: time.Now(), Connection: frozen}); err != nil {
 		return err
 	}
 	return write(filepath.Join(dir, p.Name+".result"), r)
