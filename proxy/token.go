@@ -102,13 +102,13 @@ func millis(b []byte) time.Time {
 // issued is when a session token was issued; zero without one.
 type issued struct{ at time.Time }
 
-// before tells that the token belongs to whoever held the IP before since. The start of a pod may be known to the second
-// only. One in the future would lock the pod out because some clock is wrong: it says nothing.
+// before tells that the token belongs to whoever held the IP before since. A token knows its time to the millisecond, so since
+// counts no finer. One in the future would lock the pod out because some clock is wrong: it says nothing.
 func (i issued) before(since, now time.Time) bool {
 	if i.at.IsZero() || since.IsZero() || since.After(now) {
 		return false
 	}
-	return i.at.Unix() < since.Unix()
+	return i.at.UnixMilli() < since.UnixMilli()
 }
 
 // parseTTL takes decimal digits only: strconv alone would take a sign.

@@ -47,17 +47,19 @@ func TestTokenOfEarlierHolder(t *testing.T) {
 	}
 }
 
-// Starts are known to the second: a token of the same second counts.
-func TestTokenOfTheSameSecond(t *testing.T) {
+// Tokens know their time to the millisecond: one of the millisecond in which the pod began counts.
+func TestTokenOfTheSameMillisecond(t *testing.T) {
 	second := time.Unix(1_800_000_000, 0)
 	for _, tc := range []struct {
 		issued, since time.Duration
 		want          bool
 	}{
-		{0, 900 * time.Millisecond, false},
+		{0, 900 * time.Microsecond, false},
+		{900 * time.Microsecond, 0, false},
+		{-time.Microsecond, 0, true},
+		{0, time.Millisecond, true},
+		{0, 900 * time.Millisecond, true},
 		{900 * time.Millisecond, 0, false},
-		{-time.Millisecond, 0, true},
-		{0, time.Second, true},
 	} {
 		if got := (issued{second.Add(tc.issued)}).before(second.Add(tc.since), second.Add(time.Hour)); got != tc.want {
 			t.Errorf("issued %v, since %v: %v", tc.issued, tc.since, got)

@@ -34,7 +34,7 @@ const reportDelay = 30 * time.Second
 type claim struct {
 	result
 	at    time.Time // when it was written
-	since time.Time // at, to the second; zero if it lies in the future: another clock's
+	since time.Time // at; zero if it lies in the future: another clock's
 	seq   uint64    // grows with the order in which results were seen to come; those of one listing share it
 
 	of, caller *proxy.Caller // caller is of with this claim's Since

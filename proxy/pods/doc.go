@@ -65,8 +65,10 @@
 // # When a pod began to use its IP
 //
 // Caller.Since must never be later than the pod's own first session token, or the pod would be refused; the later it is
-// otherwise, the fewer tokens of an IP's earlier holder count. For an IP with a CNI result it is the result's time, to the
-// second, unless that lies in the future (TestResultTime), or else one of these, whichever is latest (TestSince):
+// otherwise, the fewer tokens of an IP's earlier holder count. For an IP with a CNI result it is the result's time, which is never
+// later than what it says: the kernel stamps files with the start of its tick, file systems round down, and the runtime starts
+// the first container when the result is written. It is skipped if it lies in the future (TestResultTime). For any other IP it is one of these, whichever
+// is latest (TestSince):
 //
 //   - status.startTime, to the second: the kubelet, whose clock is this node's, writes it before it makes the sandbox.
 //   - The start of the pod's first container, less 10 s, while no container has restarted: nobody in the pod can ask for a

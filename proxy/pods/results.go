@@ -299,8 +299,8 @@ func (s *results) open(name string) (*claim, error) {
 		return nil, err
 	}
 	cl := &claim{result: *r, at: at}
-	if floor := at.Truncate(time.Second); !floor.After(time.Now()) {
-		cl.since = floor
+	if !at.After(time.Now()) {
+		cl.since = at
 	}
 	return cl, nil
 }

@@ -18,6 +18,7 @@ import (
 const (
 	Own     = "its own role"
 	Another = "ANOTHER POD'S ROLE"
+	refused = "status 401 at the list" // Failure of a session token that is not valid
 )
 
 // Failure is the kind of an answer without credentials.
@@ -101,11 +102,14 @@ func (u *Reuse) Check() error {
 	}
 	for what, answers := range u.Tried {
 		for kind, n := range answers {
-			// An earlier holder's token is refused, but may count in the second in which it was issued. A connection may be gone: where
-			// the daemon's keep-alive probe finds the new holder before that has taken it over, its kernel says so. Anything else is a refusal.
-			old := what == heir.OldToken || what == heir.OldBoth
+			// An earlier holder's token is refused. A connection may be gone: where the daemon's keep-alive probe finds the new
+			// holder before that has taken it over, its kernel says so.
+			want := Own
+			if what == heir.OldToken || what == heir.OldBoth {
+				want = refused
+			}
 			gone := what != heir.OldToken && strings.HasPrefix(kind, sequence.Cut)
-			if kind != Own && kind != Another && !gone && !(old && kind == "status 401 at the list") {
+			if kind != want && kind != Another && !gone {
 				bad("%s: %d times %s", what, n, kind)
 			}
 		}
@@ -113,7 +117,7 @@ func (u *Reuse) Check() error {
 	if n := u.Tried[heir.OldConnection][Own]; 10*n < 9*u.Heirs {
 		bad("only %d of %d inherited connections were answered", n, u.Heirs)
 	}
-	if n := u.Tried[heir.OldToken]["status 401 at the list"]; 2*n < u.Heirs {
+	if n := u.Tried[heir.OldToken][refused]; n < u.Heirs {
 		bad("only %d of %d tokens of earlier holders were refused", n, u.Heirs)
 	}
 	return errors.Join(errs...)
