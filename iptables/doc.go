@@ -38,7 +38,8 @@
 //   - Repair is by event: routing rules, links, addresses and nftables; the legacy back end has no events and waits for the interval
 //     of 30 s. The guard is looked at every 100 ms at most, the redirect once a second (TestKernelRepairNFT, TestKernelRepairLegacy,
 //     TestLoopCoalesces, TestEventsAboutUs).
-//   - An agent that insists on the first place is reported and put behind once in 30 s, not fought (TestKernelRepairNFT).
+//   - An agent that insists on the first place is reported and put behind three times, then once in 30 s, not fought
+//     (TestKernelRepairNFT).
 //   - One instance at a time repairs: who took ownership last. The change of target loses no connection, and the port of the
 //     instance before stays locked (TestKernelHandover, TestOwnership).
 //   - The redirect that an earlier run made with the other back end goes, once this one's is there (TestKernelOtherBackend).

@@ -16,6 +16,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
 )
 
 // Options configure Rules.
@@ -45,10 +46,10 @@ type Rules struct {
 	wake       signal
 
 	// The turn to work on the redirect, which may take as long as somebody holds the xtables lock. Its holder has what follows.
-	turn      chan struct{}
-	want      map[family]redirect
-	backends  map[family]*backend
-	reordered map[family]time.Time // when the jump was last put first again
+	turn     chan struct{}
+	want     map[family]redirect
+	backends map[family]*backend
+	putFirst map[family]*rate.Limiter // how often the jump is put before other agents' rules
 
 	mu       sync.Mutex
 	verdicts map[subject]error // of the last verification
@@ -63,6 +64,10 @@ type Rules struct {
 	every time.Duration
 	step  func(family, ruleOp)
 }
+
+// orderRate lets two agents restart, each of which puts its rules first, without a pod that waits. Whoever does it over and over
+// is met by it twice a minute.
+func orderRate() *rate.Limiter { return rate.NewLimiter(rate.Every(30*time.Second), 3) }
 
 // subject is what a verdict is about.
 type subject struct {
@@ -90,7 +95,7 @@ func New(o Options) (*Rules, error) {
 		turn:       make(chan struct{}, 1),
 		want:       map[family]redirect{},
 		backends:   map[family]*backend{},
-		reordered:  map[family]time.Time{},
+		putFirst:   map[family]*rate.Limiter{ipv4: orderRate(), ipv6: orderRate()},
 		verdicts:   map[subject]error{},
 		every:      30 * time.Second,
 	}
@@ -503,13 +508,12 @@ func (r *Rules) verifyFamily(ctx context.Context, b *backend, d redirect) error 
 	found := errors.Join(defects...)
 	if onlyOrder(defects) {
 		// Reported, not fought: whoever insists on the first place gets it for most of the time, and the guard holds.
-		if time.Since(r.reordered[b.family]) < r.every {
+		if !r.putFirst[b.family].Allow() {
 			if errors.Is(found, errTaken) {
 				return found
 			}
 			return nil
 		}
-		r.reordered[b.family] = time.Now()
 	}
 	err = r.owner.locked(ctx, func() error {
 		if err := r.owner.check(); err != nil {
