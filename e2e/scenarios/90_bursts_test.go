@@ -44,8 +44,8 @@ func TestScenarioBursts(t *testing.T) {
 		s.install()
 		var d first.Daemon
 		cni, d = s.bursts("bursts", first.CNI, plan(9, 40))
-		if pods := cni[0].Pods + cni[1].Pods + cni[2].Pods; pods != 500 {
-			t.Errorf("%d pods instead of 500", pods)
+		if pods := cni[0].Pods + cni[1].Pods + cni[2].Pods; pods < 500 {
+			t.Errorf("%d pods, fewer than 500", pods)
 		}
 		for _, b := range cni {
 			if b.Served != b.Pods {
