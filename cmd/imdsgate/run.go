@@ -182,9 +182,7 @@ func newDaemon(ctx context.Context, c *Config, log *slog.Logger) (*daemon, error
 	if err := d.cache.Restore(); err != nil {
 		return nil, fmt.Errorf("%w (-state-dir)", err)
 	}
-	if d.page, err = page.New(d); err != nil {
-		return nil, err
-	}
+	d.page = page.New(d)
 	d.server, err = proxy.NewServer(proxy.Options{
 		Callers: d.pods, Credentials: d.cache, Reports: d.pods, TokenKey: tokenKey, IMDSv1: c.IMDSv1,
 		Hold: c.IdentifyTimeout, MetadataAddr: c.MetadataAddr, Allow: c.Allow, Log: log, Metrics: d.metrics,

@@ -7,7 +7,6 @@ import (
 	_ "embed" // the template and its style sheet
 	"encoding/base64"
 	"encoding/json"
-	"fmt"
 	"html/template"
 	"net"
 	"net/http"
@@ -16,6 +15,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/imdsgate/imdsgate/proxy"
@@ -44,25 +44,25 @@ type Source interface {
 
 // Page serves what a Source has. Make it with New.
 type Page struct {
-	source   Source
-	template *template.Template
-	policy   string
+	source Source
+	parsed func() (*template.Template, error) // when the page is first looked at: on most nodes never, and it is the largest thing a start would do
+	policy string
 }
 
 // New returns the page of a source.
-func New(from Source) (*Page, error) {
-	t, err := template.New("page").Funcs(template.FuncMap{
-		"last": lastSegment, "row": func(v *shown, p Pod) row { return row{v, p} },
-	}).Parse(strings.Replace(source, "/* style.css */", style, 1))
-	if err != nil {
-		return nil, fmt.Errorf("parse the status page: %w", err)
-	}
+func New(from Source) *Page {
 	sum := sha256.Sum256([]byte(style))
 	return &Page{
-		source: from, template: t,
+		source: from, parsed: sync.OnceValues(parse),
 		policy: "default-src 'none'; style-src 'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'; img-src data:; " +
 			"form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-	}, nil
+	}
+}
+
+func parse() (*template.Template, error) {
+	return template.New("page").Funcs(template.FuncMap{
+		"last": lastSegment, "row": func(v *shown, p Pod) row { return row{v, p} },
+	}).Parse(strings.Replace(source, "/* style.css */", style, 1))
 }
 
 // Register puts the page and its JSON on a mux: /, /debug/status and /debug/pods.
@@ -86,8 +86,13 @@ func (p *Page) json(of func(context.Context) any) http.HandlerFunc {
 }
 
 func (p *Page) html(w http.ResponseWriter, r *http.Request) {
+	t, err := p.parsed()
+	if err != nil {
+		http.Error(w, "the page cannot be made", http.StatusInternalServerError)
+		return
+	}
 	var b bytes.Buffer
-	if err := p.template.Execute(&b, show(p.source.View(r.Context()), r.URL.Query())); err != nil {
+	if err := t.Execute(&b, show(p.source.View(r.Context()), r.URL.Query())); err != nil {
 		http.Error(w, "the page cannot be made", http.StatusInternalServerError)
 		return
 	}

@@ -127,12 +127,8 @@ func (f fixed) Pods() []Pod                { return f.v.Pods }
 
 func serve(t *testing.T, v *View) http.Handler {
 	t.Helper()
-	p, err := New(fixed{v})
-	if err != nil {
-		t.Fatal(err)
-	}
 	mux := http.NewServeMux()
-	p.Register(mux)
+	New(fixed{v}).Register(mux)
 	return mux
 }
 
