@@ -39,6 +39,7 @@ type apiServer struct {
 	compacted int           // resource versions up to this have expired
 	cut       chan struct{} // closed to end all watches
 	down      bool          // every request is answered 503
+	refused   int           // requests, because of it
 	watchList bool
 	sloppy    bool            // field selectors and namespaces are ignored
 	forbidden map[string]bool // "verb resource"
@@ -226,6 +227,7 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	gr := schema.GroupResource{Resource: resource}
 	switch {
 	case down:
+		a.locked(func() { a.refused++ })
 		refuse(w, apierrors.NewServiceUnavailable("down"))
 	case forbidden:
 		a.locked(func() { a.opened[verb+" "+resource+" "+selector]++ })

@@ -71,6 +71,12 @@ func (f *failures) end(w *following) {
 	delete(f.now, w)
 }
 
+func (f *failures) failing(w *following) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.now[w] != nil
+}
+
 // err joins the first few.
 func (f *failures) err() error {
 	f.mu.Lock()

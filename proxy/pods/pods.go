@@ -51,6 +51,7 @@ type Pods struct {
 	failures   failures
 	backoff    *wait.Backoff // between attempts to reach the API server; nil: client-go's, 0.8 s to 1 min
 	waiting    waiting
+	asked      chan struct{} // has one when a request waits for an IP that nobody has
 	count      atomic.Int64
 	synced     chan struct{} // closed when it is
 	results    *results      // nil: off
@@ -91,6 +92,7 @@ func New(o Options) (*Pods, error) {
 		negotiator: negotiator,
 		opening:    make(chan struct{}, maxOpening),
 		buffers:    sync.Pool{New: func() any { return new(bytes.Buffer) }},
+		asked:      make(chan struct{}, 1),
 		node:       o.Node,
 		policy:     o.Policy,
 		log:        o.Log,
@@ -220,6 +222,10 @@ func (p *Pods) Wait(ctx context.Context, ip netip.Addr) (*proxy.Caller, error) {
 		if err == nil {
 			p.waiting.leave(ip, w)
 			return c, nil
+		}
+		select {
+		case p.asked <- struct{}{}:
+		default:
 		}
 		select {
 		case <-w.woken:

@@ -833,6 +833,60 @@ func TestRunEnds(t *testing.T) {
 	noGoroutines(t)
 }
 
+// After an outage the API server is asked again when a request needs it, and not when the pause is over.
+func TestRequestEndsThePause(t *testing.T) {
+	for name, tt := range map[string]struct {
+		synced  bool
+		refused int // requests until the long pause
+	}{
+		"down from the start": {refused: 4}, // twice a watch-list and a list
+		"down later":          {synced: true, refused: 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			a := newAPIServer(t)
+			shop(a)
+			a.put(podOf("a", "cart", []string{"10.0.0.1"}))
+			a.down = !tt.synced
+			h := newHarness(t, a, testPolicy())
+			h.backoff = &wait.Backoff{Duration: 10 * time.Millisecond, Factor: 1e6, Steps: 1000} // then 3 h
+			h.run(t)
+			if tt.synced {
+				h.synced(t)
+				a.set(func() { a.down = true })
+				a.disconnect()
+			}
+			a.wait("the outage", func() bool { return a.refused == tt.refused })
+			poll(t, "the log", func() bool { return h.Err() != nil })
+			a.put(podOf("b", "cart", []string{"10.0.0.2"}))
+			a.set(func() { a.down = false })
+			if c := mustWait(t, h.Pods, "10.0.0.2"); c.Pod.Name != "b" {
+				t.Errorf("found %+v", c)
+			}
+		})
+	}
+}
+
+// But not more often than hurryEvery, whoever asks.
+func TestRequestsDoNotFlood(t *testing.T) {
+	a := newAPIServer(t)
+	a.down = true
+	h := newHarness(t, a, testPolicy())
+	h.backoff = &wait.Backoff{Duration: time.Hour, Factor: 1, Steps: 1000}
+	h.run(t)
+	poll(t, "the outage", func() bool { return h.Err() != nil })
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	for begin := time.Now(); time.Since(begin) < hurryEvery/10; {
+		_, _ = h.Wait(ctx, addr("10.0.0.1"))
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.refused > 2*2 { // a watch-list and a list, for each of two attempts
+		t.Errorf("%d requests", a.refused)
+	}
+}
+
 // noGoroutines gives a cancelled list request of client-go, which nobody can wait for, the time to notice.
 func noGoroutines(t *testing.T) {
 	t.Helper()

@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 	"time"
 
 	"github.com/go-logr/logr"
+	"golang.org/x/time/rate"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -89,10 +91,8 @@ func (s *store[O, F]) Bookmark(string) error {
 // expired resource versions is client-go's; its log lines would be written past ours and name no permission, so they are
 // dropped and errors are logged here. A list may be answered from the past: before 1.31, API servers read all pods of the
 // cluster to answer exactly.
-func (p *Pods) reflect(ctx context.Context, into kcache.ReflectorStore, opened func()) {
+func (p *Pods) reflect(ctx context.Context, w *following, into kcache.ReflectorStore, opened func()) {
 	selector := p.nodeSelector().String()
-	w := newFollowing("pods", "", selector)
-	defer p.failures.end(w)
 	lw := kcache.NewFilteredListWatchFromClient(p.client, w.resource, metav1.NamespaceAll, func(o *metav1.ListOptions) {
 		o.FieldSelector = selector
 	})
@@ -163,8 +163,45 @@ func (c *contact) firstSeen(now time.Time) time.Time {
 	return seen.Add(-catchUp)
 }
 
+// hurryEvery is how often, at most, a request for an unknown IP ends the pause between two attempts to reach the API server. After
+// an outage the pause is up to a minute, and the kubelet, which starts a new pod, has its own: the pod would be refused meanwhile.
+const hurryEvery = 5 * time.Second
+
+// hurry returns when a request waits for an IP that nobody has while the pods cannot be followed, or with ctx.
+func (p *Pods) hurry(ctx context.Context, w *following, limit *rate.Limiter) {
+	for {
+		select {
+		case <-p.asked:
+		case <-ctx.Done():
+			return
+		}
+		if p.failures.failing(w) && limit.Allow() {
+			return
+		}
+	}
+}
+
 func (p *Pods) followPods(ctx context.Context) {
-	p.reflect(ctx, &store[*corev1.Pod, facts]{
+	w := newFollowing("pods", "", p.nodeSelector().String())
+	defer p.failures.end(w)
+	into, opened := p.podStore()
+	limit := rate.NewLimiter(rate.Every(hurryEvery), 1)
+	for ctx.Err() == nil {
+		attempts, again := context.WithCancel(ctx)
+		var hurry sync.WaitGroup
+		hurry.Go(func() {
+			defer again()
+			p.hurry(attempts, w, limit)
+		})
+		p.reflect(attempts, w, into, opened)
+		again()
+		hurry.Wait()
+	}
+}
+
+// podStore is what the pods are kept in, and what to call when a watch of them was opened.
+func (p *Pods) podStore() (into *store[*corev1.Pod, facts], opened func()) {
+	into = &store[*corev1.Pod, facts]{
 		decode: podFacts,
 		changed: func(f facts) {
 			now := time.Now().Round(0)
@@ -189,11 +226,12 @@ func (p *Pods) followPods(ctx context.Context) {
 			defer p.mu.Unlock()
 			p.contact.last = time.Now().Round(0)
 		},
-	}, func() {
+	}
+	return into, func() {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		p.contact.opened, p.contact.before = time.Now().Round(0), p.contact.last
-	})
+	}
 }
 
 func (p *Pods) followAccount(ctx context.Context, u *used) {
