@@ -55,7 +55,7 @@ func (o *owner) locked(ctx context.Context, change func() error) error {
 	}
 }
 
-// read returns the generation of the present owner; 0 if nobody has ever been.
+// read returns the generation of the present owner; 0 if the file is lost or holds no number: that tells of nobody.
 func (o *owner) read() (uint64, error) {
 	b, err := os.ReadFile(filepath.Join(o.dir, generationFile))
 	if errors.Is(err, os.ErrNotExist) {
@@ -64,9 +64,9 @@ func (o *owner) read() (uint64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("read the owner of the rules: %w", err)
 	}
-	n, err := strconv.ParseUint(string(bytes.TrimSpace(b)), 10, 64)
+	n, err := strconv.ParseUint(string(bytes.TrimSpace(b)), 10, 63) // there is a next one
 	if err != nil {
-		return 0, fmt.Errorf("read the owner of the rules: %w", err)
+		return 0, nil
 	}
 	return n, nil
 }
@@ -76,15 +76,13 @@ func (o *owner) take() error {
 	if o.dir == "" {
 		return nil
 	}
-	n, err := o.read()
-	if err != nil {
-		n = uint64(time.Now().UnixNano()) // unreadable: any number that nobody else holds
-	}
-	n = max(n, o.generation.Load()) + 1
+	n, _ := o.read() // what cannot be read can be replaced, or writing says why not
+	// No less than the time, or an instance whose file was lost would not be told of this one.
+	n = max(n, o.generation.Load(), uint64(time.Now().UnixNano())) + 1
 	path, content := filepath.Join(o.dir, generationFile), strconv.AppendUint(nil, n, 10)
 	// Known before it can be read: check, which holds no lock, would take it for another instance's.
 	before := o.generation.Swap(n)
-	err = os.WriteFile(path+".new", content, 0o600)
+	err := os.WriteFile(path+".new", content, 0o600)
 	if err == nil {
 		err = os.Rename(path+".new", path)
 	}
@@ -108,7 +106,8 @@ func overwrite(path string, content []byte) error {
 	return errors.Join(err, f.Close())
 }
 
-// check returns errSuperseded once an instance that was unknown so far has taken over. A lost file changes nothing.
+// check returns errSuperseded once an instance that was unknown so far has taken over. A file that is lost or holds no number changes
+// nothing: else whoever spoils it would end all repairs.
 func (o *owner) check() error {
 	if o.dir == "" {
 		return nil

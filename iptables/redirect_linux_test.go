@@ -257,15 +257,22 @@ func TestOwnership(t *testing.T) {
 	if err := b.check(); !errors.Is(err, errSuperseded) {
 		t.Errorf("superseded again: %v", err)
 	}
-	must(t, os.Remove(filepath.Join(dir, generationFile)))
-	must(t, a.check()) // a lost file makes nobody the owner
-	must(t, os.WriteFile(filepath.Join(dir, generationFile), []byte("nonsense"), 0o600))
-	if err := a.check(); err == nil || errors.Is(err, errSuperseded) {
-		t.Errorf("an unreadable file: %v", err)
-	}
-	take(b)
-	if err := a.check(); !errors.Is(err, errSuperseded) {
-		t.Errorf("taken over after that: %v", err)
+	owns := a
+	for what, spoil := range map[string]func(file string) error{
+		"lost":     os.Remove,
+		"emptied":  func(file string) error { return os.Truncate(file, 0) },
+		"nonsense": func(file string) error { return os.WriteFile(file, []byte("nonsense"), 0o600) },
+		"negative": func(file string) error { return os.WriteFile(file, []byte("-1"), 0o600) },
+		"the last": func(file string) error { return os.WriteFile(file, []byte("18446744073709551615"), 0o600) },
+	} {
+		must(t, spoil(filepath.Join(dir, generationFile)))
+		must(t, owns.check()) // makes nobody the owner: who has the rules goes on
+		newcomer := &owner{dir: dir}
+		take(newcomer)
+		if err := owns.check(); !errors.Is(err, errSuperseded) {
+			t.Errorf("%s, then taken over: %v", what, err)
+		}
+		owns = newcomer
 	}
 	// One at a time, and a holder does not outlast the other's context.
 	err := a.locked(t.Context(), func() error {
