@@ -4,10 +4,9 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	_ "embed" // the template and its style sheet
+	_ "embed" // the style sheet
 	"encoding/base64"
 	"encoding/json"
-	"html/template"
 	"net"
 	"net/http"
 	"net/netip"
@@ -15,14 +14,10 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/imdsgate/imdsgate/proxy"
 )
-
-//go:embed page.html
-var source string
 
 //go:embed style.css
 var style string
@@ -45,7 +40,6 @@ type Source interface {
 // Page serves what a Source has. Make it with New.
 type Page struct {
 	source Source
-	parsed func() (*template.Template, error) // when the page is first looked at: on most nodes never, and it is the largest thing a start would do
 	policy string
 }
 
@@ -53,16 +47,10 @@ type Page struct {
 func New(from Source) *Page {
 	sum := sha256.Sum256([]byte(style))
 	return &Page{
-		source: from, parsed: sync.OnceValues(parse),
+		source: from,
 		policy: "default-src 'none'; style-src 'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'; img-src data:; " +
 			"form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
 	}
-}
-
-func parse() (*template.Template, error) {
-	return template.New("page").Funcs(template.FuncMap{
-		"last": lastSegment, "row": func(v *shown, p Pod) row { return row{v, p} },
-	}).Parse(strings.Replace(source, "/* style.css */", style, 1))
 }
 
 // Register puts the page and its JSON on a mux: /, /debug/status and /debug/pods.
@@ -86,13 +74,8 @@ func (p *Page) json(of func(context.Context) any) http.HandlerFunc {
 }
 
 func (p *Page) html(w http.ResponseWriter, r *http.Request) {
-	t, err := p.parsed()
-	if err != nil {
-		http.Error(w, "the page cannot be made", http.StatusInternalServerError)
-		return
-	}
 	var b bytes.Buffer
-	if err := t.Execute(&b, show(p.source.View(r.Context()), r.URL.Query())); err != nil {
+	if err := show(p.source.View(r.Context()), r.URL.Query()).html().Render(&b); err != nil {
 		http.Error(w, "the page cannot be made", http.StatusInternalServerError)
 		return
 	}
@@ -149,11 +132,6 @@ type tab struct {
 	Count      int
 	Current    bool
 	Link       string
-}
-
-type row struct {
-	V *shown
-	P Pod
 }
 
 func show(v *View, q url.Values) *shown {
@@ -228,37 +206,27 @@ func (s *shown) link(show string) string {
 	return "/?" + q.Encode()
 }
 
-// Ago is how long before the View's time t was.
-func (s *shown) Ago(t time.Time) string { return Span(s.Now.Sub(t)) }
+// ago is how long before the View's time t was.
+func (s *shown) ago(t time.Time) string { return Span(s.Now.Sub(t)) }
 
-// In is how long after the View's time t is.
-func (s *shown) In(t time.Time) string { return Span(t.Sub(s.Now)) }
+// in is how long after the View's time t is.
+func (s *shown) in(t time.Time) string { return Span(t.Sub(s.Now)) }
 
-// Who is the pod that a refused request came from.
-func (s *shown) Who(d proxy.Denial) string {
+// who is the pod that a refused request came from.
+func (s *shown) who(d proxy.Denial) string {
 	if d.Pod != "" {
 		return d.Namespace + "/" + d.Pod
 	}
 	return s.ByIP[d.Source.Unmap()]
 }
 
-// Share is how much of the credentials' life is over, in percent.
-func (s *shown) Share(c *Credentials) int {
+// share is how much of the credentials' life is over, in percent.
+func (s *shown) share(c *Credentials) int {
 	life := c.Expires.Sub(c.Issued)
 	if life <= 0 {
 		return 100
 	}
 	return int(min(max(s.Now.Sub(c.Issued)*100/life, 0), 100))
-}
-
-// Changed are the flags that somebody set.
-func (s *shown) Changed() []Flag {
-	return slices.DeleteFunc(slices.Clone(s.Flags), func(f Flag) bool { return f.Default })
-}
-
-// Defaults are the others.
-func (s *shown) Defaults() []Flag {
-	return slices.DeleteFunc(slices.Clone(s.Flags), func(f Flag) bool { return !f.Default })
 }
 
 func lastSegment(arn string) string { return arn[strings.LastIndexByte(arn, '/')+1:] }
