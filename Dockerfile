@@ -14,7 +14,7 @@ COPY go.mod go.sum ./
 RUN go mod download
 COPY . .
 ARG TARGETARCH
-RUN CGO_ENABLED=0 GOARCH=$TARGETARCH go build -trimpath -ldflags="-s -w" -o /imdsgate ./cmd/imdsgate
+RUN CGO_ENABLED=0 GOARCH=$TARGETARCH go build -trimpath -ldflags="-s -w" -o /out/ ./cmd/...
 
 # Debian's packages of the image's architecture. Nothing of them runs, so that any machine builds any of them. apt is told that
 # nothing is installed and fetches every dependency. Not when a mount has them.
@@ -48,7 +48,8 @@ RUN set -eu; for mode in nft legacy; do \
 FROM scratch
 COPY --from=rootfs /rootfs/ /
 COPY --from=build /src/LICENSE /src/THIRD_PARTY_LICENSES /usr/share/doc/imdsgate/
-COPY --from=build /imdsgate /imdsgate
+# imdsgate-load is for pods: whoever runs the image on its nodes can measure with it.
+COPY --from=build /out/ /
 ENV PATH=/iptables/nft:/usr/sbin:/usr/bin:/sbin:/bin
 # Root alone may use iptables; the chart takes every capability but NET_ADMIN away.
 USER 0:0

@@ -128,7 +128,7 @@ func TestLicenses(t *testing.T) {
 	}
 	slices.Sort(sections)
 	golden(t, filepath.Join(repository, "THIRD_PARTY_LICENSES"),
-		[]byte("The program imdsgate is linked with these works of others. Written by: make docs\n"+strings.Join(sections, "")))
+		[]byte("The programs imdsgate and imdsgate-load are linked with these works of others. Written by: make docs\n"+strings.Join(sections, "")))
 }
 
 type goPackage struct {
@@ -143,7 +143,7 @@ type goPackage struct {
 func linked(t *testing.T) (all []goPackage) {
 	t.Helper()
 	for _, arch := range []string{"amd64", "arm64"} {
-		cmd := exec.CommandContext(t.Context(), "go", "list", "-deps", "-json=Dir,Module", "./cmd/imdsgate")
+		cmd := exec.CommandContext(t.Context(), "go", "list", "-deps", "-json=Dir,Module", "./cmd/...")
 		cmd.Dir = repository
 		cmd.Env = append(os.Environ(), "GOOS=linux", "GOARCH="+arch, "CGO_ENABLED=0")
 		out, err := cmd.Output()

@@ -95,7 +95,7 @@ func testImage(t *testing.T, arch string, machine elf.Machine) {
 	}
 	// What others want to go with their works, and what scanners want to know.
 	for file, word := range map[string]string{
-		"usr/share/doc/imdsgate/LICENSE": "Apache License", "usr/share/doc/imdsgate/THIRD_PARTY_LICENSES": "The program imdsgate is linked with",
+		"usr/share/doc/imdsgate/LICENSE": "Apache License", "usr/share/doc/imdsgate/THIRD_PARTY_LICENSES": "The programs imdsgate and imdsgate-load are linked with",
 		"usr/share/doc/iptables/copyright": "GPL-2", "usr/share/doc/libc6/copyright": "LGPL", "usr/share/common-licenses/GPL-2": "Version 2, June 1991",
 		"var/lib/dpkg/status.d/iptables": "\nArchitecture: " + arch + "\n", "var/lib/dpkg/status.d/libc6": "\nVersion: ", "usr/lib/os-release": "ID=debian",
 	} {
@@ -105,6 +105,9 @@ func testImage(t *testing.T, arch string, machine elf.Machine) {
 	}
 	if out := im.run(t, "/imdsgate", "-version"); !strings.HasPrefix(out, "imdsgate ") {
 		t.Errorf("-version says %q", out)
+	}
+	if out := im.run(t, "/imdsgate-load", "-help"); !strings.Contains(out, "-sequence") {
+		t.Errorf("imdsgate-load -help says %q", out)
 	}
 }
 

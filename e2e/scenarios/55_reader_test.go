@@ -71,6 +71,11 @@ func TestScenarioReader(t *testing.T) {
 	s.waitPod("shop", "cart-1", running)
 	s.holds(s.ask("shop", "cart-1"), cart)
 
+	// docs/load.md: how fast.
+	if out := r.types("docs/load.md", "kubectl run load", "--image=<your image>", "--image=test.local/imdsgate:dev", "-duration 30s", "-duration 3s"); !strings.Contains(out, "150 operations") || !strings.Contains(out, " 0 failed") {
+		t.Errorf("imdsgate-load says\n%s", out)
+	}
+
 	// docs/diagnosis.md: why it gets nothing.
 	s.kubectl("annotate", "namespace", "shop", "iam.amazonaws.com/allowed-roles=[]", "--overwrite")
 	s.askUntil("shop", "cart-1", "the namespace permits nothing", func(r sequence.Result) bool { return r.Code == 403 })
