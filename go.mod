@@ -3,6 +3,7 @@ module github.com/imdsgate/imdsgate
 go 1.26.0
 
 require (
+	github.com/HdrHistogram/hdrhistogram-go v1.4.0
 	github.com/aws/aws-sdk-go-v2/config v1.33.15
 	github.com/aws/aws-sdk-go-v2/service/sts v1.51.8
 	github.com/coreos/go-iptables v0.8.0
@@ -17,11 +18,8 @@ require (
 	k8s.io/api v0.37.2
 	k8s.io/apimachinery v0.37.2
 	k8s.io/client-go v0.37.2
+	maragu.dev/gomponents v1.2.0
 )
-
-require github.com/HdrHistogram/hdrhistogram-go v1.4.0
-
-require maragu.dev/gomponents v1.2.0 // indirect
 
 require (
 	github.com/aws/aws-sdk-go-v2 v1.47.7
