@@ -15,9 +15,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
-	"github.com/imdsgate/imdsgate/proxy"
-
 	"github.com/imdsgate/imdsgate/cmd/imdsgate/page"
+	"github.com/imdsgate/imdsgate/proxy"
 )
 
 // serveOps starts the operator's listeners: ops, debug and the probe socket. Each is a server of its own; none shares the
