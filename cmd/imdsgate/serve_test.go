@@ -6,11 +6,13 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -205,14 +207,28 @@ func TestServe(t *testing.T) {
 	}
 }
 
+// freePort is the first of two ports in a row that nobody has, by either family. They are below those that the kernel gives away:
+// whoever listens anywhere or connects meanwhile does not get them.
 func freePort(t *testing.T) int {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	var last error
+search:
+	for range 100 {
+		port := 20000 + 2*rand.N(5000)
+		for _, host := range []string{"127.0.0.1", "::1"} {
+			for _, p := range []int{port, port + 1} {
+				l, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(p)))
+				if err != nil {
+					last = err
+					continue search
+				}
+				l.Close()
+			}
+		}
+		return port
 	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
+	t.Fatal(last)
+	return 0
 }
 
 // TestListen: one port after the other, and no third.

@@ -786,9 +786,9 @@ func TestForbidden(t *testing.T) {
 			if h.Synced() || !errors.Is(err, proxy.ErrNotSynced) || !strings.Contains(err.Error(), resource+" is missing, see the ClusterRole") {
 				t.Errorf("WaitSynced = %v", err)
 			}
-			if log := h.log.String(); !strings.Contains(log, "verb=list") || !strings.Contains(log, "resource="+resource) {
-				t.Errorf("log: %s", log)
-			}
+			poll(t, "the log, which is written after Err knows", func() bool {
+				return strings.Contains(h.log.String(), "verb=list resource="+resource)
+			})
 			if n := strings.Count(h.log.String(), "level=ERROR"); n > 2 {
 				t.Errorf("%d errors logged for one missing permission", n)
 			}

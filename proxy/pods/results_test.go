@@ -491,21 +491,29 @@ func TestResultWakes(t *testing.T) {
 	n.synced(t)
 	poll(t, "the log", func() bool { return strings.Contains(n.log.String(), "no CNI results yet") })
 	woken := make(chan *proxy.Caller, 1)
-	go func() { woken <- mustWait(t, n.Pods, "10.0.0.1") }()
+	go func() {
+		defer close(woken)
+		woken <- mustWait(t, n.Pods, "10.0.0.1")
+	}()
 	poll(t, "the request", func() bool { return n.waiters("10.0.0.1") == 1 })
 	n.mkdir()
-	began := time.Now().Add(-20 * time.Millisecond) // the kernel's tick may have begun so long ago
-	n.write(sandbox{pod: "a", ips: []string{"10.0.0.1"}})
+	box := sandbox{pod: "a", ips: []string{"10.0.0.1"}}
+	n.write(box)
 	c := <-woken
-	if c == nil || c.Pod.Name != "a" || c.Since.Before(began) || c.Since.After(time.Now()) {
-		t.Errorf("woken with %+v, want since %s", c, began)
+	if c == nil {
+		t.FailNow() // mustWait says why
+	}
+	// Whatever the kernel's tick makes of the time at which it was written.
+	if file, err := os.Stat(filepath.Join(n.dir, box.file())); err != nil || c.Pod.Name != "a" || !c.Since.Equal(file.ModTime()) {
+		t.Errorf("woken with %+v, want since %v, %v", c, file, err)
 	}
 	if cni, api := n.source("cni"), n.source("api"); cni != 1 || api != 0 {
 		t.Errorf("identified by cni %v, by api %v, want 1 and 0", cni, api)
 	}
-	if allocs := testing.AllocsPerRun(100, func() { _, _ = n.Find(addr("10.0.0.1")) }); allocs != 0 {
-		t.Errorf("Find allocates %v times", allocs)
-	}
+	// The file's last event may be read meanwhile, and that allocates too: at one time or another it is Find alone.
+	poll(t, "Find without an allocation", func() bool {
+		return testing.AllocsPerRun(100, func() { _, _ = n.Find(addr("10.0.0.1")) }) == 0
+	})
 	find(n.Pods, "10.0.0.2")
 	if api := n.source("api"); api != 1 {
 		t.Errorf("identified by api %v, want 1", api)
