@@ -110,6 +110,9 @@ func completeRole(base, role string) (RoleARN, error) {
 	if strings.HasPrefix(role, "arn:") {
 		return ParseRoleARN(role)
 	}
+	if role != bare(role) {
+		return RoleARN{}, fmt.Errorf("%s is not a role ARN such as %s: quotes or white space are around it", quoted(role), roleARNForm)
+	}
 	if base == "" {
 		return RoleARN{}, fmt.Errorf("%s is not a role ARN such as %s, and short role names need imdsgate to run with -base-role-arn",
 			quoted(role), roleARNForm)
@@ -120,6 +123,9 @@ func completeRole(base, role string) (RoleARN, error) {
 	}
 	return a, nil
 }
+
+// bare is s without the quotes and the white space that templates and editors leave around what they fill in.
+func bare(s string) string { return strings.Trim(s, "\"' \t\r\n") }
 
 // complete puts the base before what is no ARN.
 func complete(base, s string) string {

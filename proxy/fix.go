@@ -3,6 +3,7 @@ package proxy
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"regexp"
 	"slices"
 	"strings"
@@ -69,28 +70,58 @@ func (p *Policy) noRole(s Subject, a annotated) *Refusal {
 		r.Text = a.role.on + " does not exist, so it has no " + AnnotationRoleARN + " annotation"
 	}
 	role := p.exampleRole()
-	for _, name := range []string{AnnotationRoleARN, AnnotationPodRole} {
-		value := s.PodAnnotations[name]
-		if value == "" {
-			continue
-		}
+	if value, why := misplaced(s, a.role.on); value != "" {
 		r.Misplaced = true
-		text := "; annotation %s of pod %s/%s has no effect, it belongs on the service account"
-		if name == AnnotationPodRole {
-			text = "; annotation %s of pod %s/%s counts with -pod-annotations alone"
-		}
-		r.Text += fmt.Sprintf(text, name, s.Pod.Namespace, s.Pod.Name)
+		r.Text += "; " + why
 		if arn, err := completeRole(p.BaseRoleARN, value); err == nil {
 			role = arn.String()
 		}
-		break
 	}
 	if p.PodAnnotations {
 		r.Text += ", and pod " + s.Pod.Namespace + "/" + s.Pod.Name + " has no " + AnnotationPodRole + " annotation"
 	}
 	_, empty := s.ServiceAccountAnnotations[AnnotationRoleARN] // kubectl overwrites nothing unasked, not even an empty value
 	r.Fix = annotateCommand("serviceaccount", s.Pod.Namespace, s.Pod.ServiceAccount, AnnotationRoleARN, role, empty)
+	if s.ServiceAccountAbsent && r.Fix != "" {
+		r.Fix = "kubectl create serviceaccount -n " + s.Pod.Namespace + " " + s.Pod.ServiceAccount + " && " + r.Fix
+	}
 	return r
+}
+
+// misplaced finds an annotation that was meant to name the pod's role, and says why it does not.
+func misplaced(s Subject, account string) (value, why string) {
+	pod := "pod " + s.Pod.Namespace + "/" + s.Pod.Name
+	for _, m := range []struct {
+		annotations   map[string]string
+		name, on, why string
+	}{
+		{s.PodAnnotations, AnnotationRoleARN, pod, "has no effect, it belongs on the service account"},
+		{s.PodAnnotations, AnnotationPodRole, pod, "counts with -pod-annotations alone"},
+		{s.ServiceAccountAnnotations, AnnotationPodRole, account, "has no effect, it is for pods"},
+		{s.ServiceAccountAnnotations, mistyped(s.ServiceAccountAnnotations), account, "has no effect, imdsgate reads none of this name"},
+		{s.PodAnnotations, mistyped(s.PodAnnotations), pod, "has no effect, imdsgate reads none of this name"},
+	} {
+		if value = m.annotations[m.name]; value != "" {
+			return value, "annotation " + m.name + " of " + m.on + " " + m.why
+		}
+	}
+	return "", ""
+}
+
+// mistyped is the name of an annotation that Mistyped tells of; empty: none.
+func mistyped(annotations map[string]string) string {
+	for _, name := range slices.Sorted(maps.Keys(annotations)) {
+		if Mistyped(name, annotations[name]) {
+			return name
+		}
+	}
+	return ""
+}
+
+// Mistyped says that an annotation is none that counts, but by name and value was probably meant to name a role.
+func Mistyped(name, value string) bool {
+	return strings.Contains(name, "amazon") && strings.HasPrefix(value, "arn:") && strings.Contains(value, ":role/") && len(value) <= maxARN &&
+		name != AnnotationRoleARN && name != AnnotationPodRole
 }
 
 // permit is what to do so that the namespace permits the role beside those that it permits now: a command where one can be
@@ -118,7 +149,7 @@ func (p *Policy) permit(s Subject, role string) string {
 	}
 	expression := func() change {
 		value := regexp.QuoteMeta(role)
-		if n.pattern != nil {
+		if n.pattern != nil && n.expression != "" {
 			value = n.expression + "|" + value
 		}
 		return change{AnnotationPermitted, value, n.hasRegexp}

@@ -8,6 +8,7 @@ import (
 // Each refusal says what to do about it, where it can be done.
 func TestFixes(t *testing.T) {
 	webIdentity := func(p *Policy) { p.Issuer = IssuerWebIdentity }
+	base := func(p *Policy) { p.BaseRoleARN = "arn:aws:iam::123456789012:role/" }
 	noBase := func(p *Policy) { p.BaseRoleARN = "" }
 	absent := func(s *Subject) { s.ServiceAccountAbsent = true }
 	const account = "kubectl annotate serviceaccount -n shop cart "
@@ -18,13 +19,22 @@ func TestFixes(t *testing.T) {
 		pod     map[string]string
 		subject func(*Subject)
 		fix     string
+
+		misplaced bool // also where the pod has no annotation
 	}{
 		{name: "no role", policy: noBase, fix: account + "eks.amazonaws.com/role-arn=arn:aws:iam::ACCOUNT:role/ROLE"},
 		{name: "no role with a base", policy: func(p *Policy) { p.BaseRoleARN = "arn:aws:iam::123456789012:role/team" }, fix: account + "eks.amazonaws.com/role-arn=arn:aws:iam::123456789012:role/team/ROLE"},
-		{name: "no service account", policy: noBase, subject: absent, fix: account + "eks.amazonaws.com/role-arn=arn:aws:iam::ACCOUNT:role/ROLE"},
+		{name: "no service account", policy: noBase, subject: absent, fix: "kubectl create serviceaccount -n shop cart && " + account + "eks.amazonaws.com/role-arn=arn:aws:iam::ACCOUNT:role/ROLE"},
 		{name: "empty role", policy: noBase, account: withRole(AnnotationRoleARN, ""), fix: account + "eks.amazonaws.com/role-arn=arn:aws:iam::ACCOUNT:role/ROLE --overwrite"},
 		{name: "role on the pod", pod: map[string]string{AnnotationRoleARN: testARN}, fix: account + "eks.amazonaws.com/role-arn=" + testARN},
 		{name: "kube2iam's role on the pod", pod: map[string]string{AnnotationPodRole: testARN}, fix: account + "eks.amazonaws.com/role-arn=" + testARN},
+		{name: "kube2iam's role on the service account", misplaced: true, policy: base, account: map[string]string{AnnotationPodRole: "cart"}, fix: account + "eks.amazonaws.com/role-arn=arn:aws:iam::123456789012:role/cart"},
+		{name: "mistyped", misplaced: true, account: map[string]string{"eks.amazonaws.com/role_arn": testARN}, fix: account + "eks.amazonaws.com/role-arn=" + testARN},
+		{name: "mistyped on the pod", pod: map[string]string{"iam.amazonaws.com/role-arn": testARN}, fix: account + "eks.amazonaws.com/role-arn=" + testARN},
+		{name: "somebody else's", account: map[string]string{"vault.hashicorp.com/role": testARN, "amazonaws.com/queue": "arn:aws:sqs:::x"}, fix: account + "eks.amazonaws.com/role-arn=arn:aws:iam::ACCOUNT:role/ROLE"},
+		{name: "quoted", policy: noBase, account: withRole(AnnotationRoleARN, `"`+testARN+`"`), fix: account + "eks.amazonaws.com/role-arn=" + testARN + " --overwrite"},
+		{name: "white space", policy: noBase, account: withRole(AnnotationRoleARN, " "+testARN+"\n"), fix: account + "eks.amazonaws.com/role-arn=" + testARN + " --overwrite"},
+		{name: "quoted name", policy: base, account: withRole(AnnotationRoleARN, "'cart'"), fix: account + "eks.amazonaws.com/role-arn=arn:aws:iam::123456789012:role/cart --overwrite"},
 		{name: "hostile role on the pod", policy: noBase, pod: map[string]string{AnnotationPodRole: "arn:aws:iam::123456789012:role/';id;'/r"}, fix: ""},
 		{name: "mirror pod", subject: func(s *Subject) { s.Pod.ServiceAccount = "" }, fix: "static pods cannot have a role: run it as a DaemonSet or Deployment with a service account"},
 		{name: "user", policy: noBase, account: withRole(AnnotationRoleARN, "arn:aws:iam::123456789012:user/bob"), fix: account + "eks.amazonaws.com/role-arn=arn:aws:iam::ACCOUNT:role/ROLE --overwrite"},
@@ -44,7 +54,7 @@ func TestFixes(t *testing.T) {
 			if got == nil || got.Fix != tt.fix {
 				t.Fatalf("fix (-want +got):\n- %s\n+ %+v", tt.fix, got)
 			}
-			if want := tt.pod != nil; got.Misplaced != want {
+			if want := tt.misplaced || tt.pod != nil; got.Misplaced != want {
 				t.Errorf("misplaced: %v", got.Misplaced)
 			}
 			if tt.fix != "" && !strings.HasSuffix(got.Error(), "; fix: "+tt.fix) {

@@ -247,7 +247,11 @@ func (p *Policy) role(s Subject, a annotated) (RoleARN, *Refusal) {
 	if a.role.value != "" {
 		role, err := completeRole(p.BaseRoleARN, a.role.value)
 		if err != nil {
-			return RoleARN{}, a.role.invalid(EventInvalidRoleARN, a.role.correct(s, p.exampleRole()), "%v", err)
+			example := p.exampleRole()
+			if meant, err := completeRole(p.BaseRoleARN, bare(a.role.value)); err == nil {
+				example = meant.String()
+			}
+			return RoleARN{}, a.role.invalid(EventInvalidRoleARN, a.role.correct(s, example), "%v", err)
 		}
 		if text := p.deny(s, role.String()); text != "" {
 			return RoleARN{}, &Refusal{Kind: Denied, Event: EventRoleDenied, Text: text, Fix: p.permit(s, role.String())}
@@ -391,12 +395,16 @@ type NamespaceRules struct {
 	pattern             *regexp.Regexp
 	expression          string // that pattern is made of
 	unreadable          error  // of one line; then nothing is permitted
+	unread              string // an annotation that is there, but that -namespace-policy does not read
 }
 
 // Compile reads a namespace's annotations. What cannot be compiled becomes rules that permit nothing and say why. With both
 // annotations and -namespace-policy auto both must permit a role: the stricter reading.
 func (p *Policy) Compile(annotations map[string]string) *NamespaceRules {
 	n := &NamespaceRules{}
+	if other := map[string]string{NamespacePolicyGlob: AnnotationPermitted, NamespacePolicyRegexp: AnnotationAllowedRoles}[p.NamespacePolicy]; annotations[other] != "" {
+		n.unread = other
+	}
 	if p.NamespacePolicy == NamespacePolicyGlob || p.NamespacePolicy == NamespacePolicyAuto {
 		if list, ok := annotations[AnnotationAllowedRoles]; ok {
 			n.hasGlobs = true
@@ -500,7 +508,11 @@ func (p *Policy) deny(s Subject, role string) string {
 		if p.NamespacePolicy == NamespacePolicyRegexp {
 			name = AnnotationPermitted
 		}
-		return fmt.Sprintf("namespace %s does not permit role %s: it permits none, it has no %s annotation", s.Pod.Namespace, role, name)
+		text := fmt.Sprintf("namespace %s does not permit role %s: it permits none, it has no %s annotation", s.Pod.Namespace, role, name)
+		if n.unread != "" {
+			text += ", and " + n.unread + ", which it has, is not read with -namespace-policy " + p.NamespacePolicy
+		}
+		return text
 	}
 	var against []string
 	if n.hasGlobs && !slices.ContainsFunc(n.globs, func(glob string) bool { return match(glob, role) }) {

@@ -267,7 +267,11 @@ func TestNamespacePolicy(t *testing.T) {
 		{name: "own anchors", modes: regexps, annotations: permitted("^" + role + "r$"), yes: []string{role + "r"}, no: []string{role + "rr"}},
 		{name: "full ARN", modes: regexps, annotations: permitted("reporting.*"), no: []string{role + "reporting-db"}},
 		{name: "within", modes: regexps, annotations: permitted(".*reporting.*"), yes: []string{role + "reporting-db", other + "x/reporting-db"}, no: []string{role + "r"}},
-		{name: "empty expression", modes: regexps, annotations: permitted(""), no: []string{role + "r"}},
+		{name: "empty expression", modes: regexps, annotations: permitted(""), no: []string{role + "r"}, text: []string{"iam.amazonaws.com/permitted='arn:aws:iam::111111111111:role/r' --overwrite"}},
+		{name: "glob's list with regexp", modes: []string{NamespacePolicyRegexp}, annotations: allowed(`["*"]`), no: []string{role + "r"},
+			text: []string{"it has no iam.amazonaws.com/permitted annotation, and iam.amazonaws.com/allowed-roles, which it has, is not read with -namespace-policy regexp"}},
+		{name: "regexp's expression with glob", modes: []string{NamespacePolicyGlob}, annotations: permitted(".*"), no: []string{role + "r"},
+			text: []string{"it has no iam.amazonaws.com/allowed-roles annotation, and iam.amazonaws.com/permitted, which it has, is not read with -namespace-policy glob"}},
 
 		{name: "glob reads its own only", modes: []string{NamespacePolicyGlob}, annotations: both(`["a"]`, ".*"), yes: []string{role + "a"}, no: []string{role + "b"}},
 		{name: "regexp reads its own only", modes: []string{NamespacePolicyRegexp}, annotations: both(`["a"]`, ".*"), yes: []string{role + "b"}},

@@ -46,7 +46,8 @@ func podFacts(o *corev1.Pod) facts {
 		pod: proxy.Pod{
 			UID: string(o.UID), Namespace: o.Namespace, Name: o.Name, ServiceAccount: o.Spec.ServiceAccountName,
 		},
-		annotations: keep(o.Annotations, maxAnnotation, proxy.AnnotationRoleARN, proxy.AnnotationPodRole, proxy.AnnotationPodExternalID, proxy.AnnotationPodSessionName),
+		annotations: keepMistyped(o.Annotations, keep(o.Annotations, maxAnnotation, proxy.AnnotationRoleARN, proxy.AnnotationPodRole, proxy.AnnotationPodExternalID,
+			proxy.AnnotationPodSessionName)),
 		node:        o.Spec.NodeName,
 		phase:       o.Status.Phase,
 		hostNetwork: o.Spec.HostNetwork,
@@ -149,6 +150,27 @@ func keep(annotations map[string]string, limit int, names ...string) map[string]
 	return kept
 }
 
+// keepMistyped adds an annotation that was meant to name a role, if nothing does: one of them, the first by name.
+func keepMistyped(annotations, kept map[string]string) map[string]string {
+	if kept[proxy.AnnotationRoleARN] != "" || kept[proxy.AnnotationPodRole] != "" {
+		return kept
+	}
+	var found string
+	for name, v := range annotations {
+		if (found == "" || name < found) && proxy.Mistyped(name, v) {
+			found = name
+		}
+	}
+	if found == "" {
+		return kept
+	}
+	if kept == nil {
+		kept = make(map[string]string, 1)
+	}
+	kept[found] = annotations[found]
+	return kept
+}
+
 // object is what is kept of a ServiceAccount or a Namespace; the zero value is one that does not exist.
 type object struct {
 	present     bool
@@ -161,8 +183,8 @@ func (o object) equal(b object) bool {
 }
 
 func accountFacts(o *corev1.ServiceAccount) object {
-	return object{true, o.UID, keep(o.Annotations, maxAnnotation, proxy.AnnotationRoleARN, proxy.AnnotationAudience, proxy.AnnotationTokenExpiration,
-		proxy.AnnotationSTSRegional, proxy.AnnotationSessionDuration, proxy.AnnotationExternalID)}
+	return object{true, o.UID, keepMistyped(o.Annotations, keep(o.Annotations, maxAnnotation, proxy.AnnotationRoleARN, proxy.AnnotationAudience,
+		proxy.AnnotationTokenExpiration, proxy.AnnotationSTSRegional, proxy.AnnotationSessionDuration, proxy.AnnotationExternalID, proxy.AnnotationPodRole))}
 }
 
 func namespaceFacts(o *corev1.Namespace) object {

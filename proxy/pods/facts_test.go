@@ -21,6 +21,17 @@ func TestKeep(t *testing.T) {
 	if o := accountFacts(account("a", "other", long)); o.annotations != nil {
 		t.Error("kept what nobody reads")
 	}
+	// One mistyped annotation is, the same one each time.
+	const arn = "arn:aws:iam::123456789012:role/cart"
+	for range 20 {
+		o := accountFacts(account("a", "eks.amazonaws.com/role_arn", arn, "eks.amazonaws.com/rolearn", arn, "amazonaws.com/x", arn+long))
+		if len(o.annotations) != 1 || o.annotations["eks.amazonaws.com/role_arn"] != arn {
+			t.Fatalf("kept %v", o.annotations)
+		}
+	}
+	if o := accountFacts(account("a", "eks.amazonaws.com/role_arn", arn, proxy.AnnotationRoleARN, arn)); len(o.annotations) != 1 {
+		t.Errorf("kept %v", o.annotations)
+	}
 	if o := namespaceFacts(namespace("a", proxy.AnnotationPermitted, long+long)); len(o.annotations[proxy.AnnotationPermitted]) != maxNamespaceAnnotation {
 		t.Error("namespace annotation is not cut")
 	}
