@@ -197,7 +197,7 @@ func (p *Pods) claimant(ip netip.Addr) answer {
 	newest := slices.MaxFunc(all, func(a, b *claim) int { return cmp.Or(a.at.Compare(b.at), cmp.Compare(a.seq, b.seq)) })
 	for _, cl := range all {
 		// Written at once, or the clock was set back between the two: then the times say nothing.
-		if cl.uid != newest.uid && (cl.at.Equal(newest.at) || cl.seq > newest.seq) {
+		if cl.uid != newest.uid && (cl.at.Equal(newest.at) || cl.seq > newest.seq || p.elsewhere(cl, newest)) {
 			return answer{err: proxy.ErrAmbiguousIP}
 		}
 	}
@@ -217,6 +217,16 @@ func (p *Pods) claimant(ip netip.Addr) answer {
 		return answer{err: proxy.ErrIncomplete}
 	}
 	return answer{caller: newest.callerOf(r), source: sourceCNI}
+}
+
+// elsewhere says whether a claim holds beside a newer one: networks may give one address each, so that only of a later result of
+// the same network and interface it follows that the address has left its earlier pod.
+func (p *Pods) elsewhere(cl, newer *claim) bool {
+	if cl.network == newer.network && cl.ifName == newer.ifName {
+		return false
+	}
+	r := p.sandboxed(cl)
+	return r != nil && r.serving()
 }
 
 // successor is the pod that certainly came to an IP after a result whose pod is not served: a file that a runtime left behind

@@ -34,6 +34,8 @@
 //   - If the API server shows another pod that stays (not terminating) with that IP, the result wins where that pod had a
 //     result for it too: an older one, or one that was removed. Where it never had one, nobody is served.
 //   - Two results of one time for two pods, or an older one that was seen to come later (the clock was set back): nobody is.
+//   - Two results for two pods that run, of different networks or interfaces: nobody is. Networks may overlap, and a pod's author
+//     may ask for an address of a further one.
 //   - A pod whose result for an IP is removed has lost it: for 30 s it does not get it back by the API server's word, which was
 //     found to be up to 6 s old. Whoever has the IP next may ask before its own result is read. TestLossEnds
 //   - Otherwise results that are gone count no more; then the API server's word stands alone, at once where the whole directory
