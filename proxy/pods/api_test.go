@@ -36,10 +36,10 @@ type apiServer struct {
 	rv        int
 	objects   map[string]map[string]apiObject // resource → namespace/name
 	history   []historic
-	compacted int           // resource versions up to this have expired
-	cut       chan struct{} // closed to end all watches
-	down      bool          // every request is answered 503
-	refused   int           // requests, because of it
+	compacted int            // resource versions up to this have expired
+	cut       chan struct{}  // closed to end all watches
+	down      bool           // every request is answered 503
+	refused   map[string]int // requests because of it, by resource
 	watchList bool
 	sloppy    bool            // field selectors and namespaces are ignored
 	forbidden map[string]bool // "verb resource"
@@ -72,7 +72,7 @@ func newAPIServer(t *testing.T) *apiServer {
 	a := &apiServer{
 		t: t, decoder: serializer.NewCodecFactory(scheme).UniversalDeserializer(),
 		changed: make(chan struct{}), cut: make(chan struct{}), rv: 100, watchList: true,
-		objects: map[string]map[string]apiObject{}, forbidden: map[string]bool{}, held: map[string]bool{}, open: map[string]int{}, opened: map[string]int{},
+		objects: map[string]map[string]apiObject{}, forbidden: map[string]bool{}, held: map[string]bool{}, refused: map[string]int{}, open: map[string]int{}, opened: map[string]int{},
 		tokenFor: func(s authenticationv1.TokenRequestSpec) (string, error) {
 			return "token of " + s.BoundObjectRef.Name, nil
 		},
@@ -227,7 +227,7 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	gr := schema.GroupResource{Resource: resource}
 	switch {
 	case down:
-		a.locked(func() { a.refused++ })
+		a.locked(func() { a.refused[resource]++ })
 		refuse(w, apierrors.NewServiceUnavailable("down"))
 	case forbidden:
 		a.locked(func() { a.opened[verb+" "+resource+" "+selector]++ })

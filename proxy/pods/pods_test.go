@@ -856,7 +856,7 @@ func TestRequestEndsThePause(t *testing.T) {
 				a.set(func() { a.down = true })
 				a.disconnect()
 			}
-			a.wait("the outage", func() bool { return a.refused == tt.refused })
+			a.wait("the outage", func() bool { return a.refused["pods"] >= tt.refused })
 			poll(t, "the log", func() bool { return h.Err() != nil })
 			a.put(podOf("b", "cart", []string{"10.0.0.2"}))
 			a.set(func() { a.down = false })
@@ -882,8 +882,8 @@ func TestRequestsDoNotFlood(t *testing.T) {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.refused > 2*2 { // a watch-list and a list, for each of two attempts
-		t.Errorf("%d requests", a.refused)
+	if n := a.refused["pods"]; n > 2*2 { // a watch-list and a list, for each of two attempts
+		t.Errorf("%d requests", n)
 	}
 }
 
