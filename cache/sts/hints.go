@@ -99,15 +99,15 @@ func (s statement) String() string {
 
 // assumeRoleHint tells the statement that the role's trust policy needs. STS answers alike for a role that does not exist.
 func (s *STS) assumeRoleHint(key cache.Key, message string) string {
+	if kind, ok := refusedBy(message); ok {
+		return s.policyHint(key, kind, strings.Contains(message, explicitDeny))
+	}
 	var trust statement
 	trust.Action = "sts:AssumeRole"
 	if key.Tags != (cache.Tags{}) {
 		trust.Action = []string{"sts:AssumeRole", "sts:TagSession"}
 	}
-	who := "the node's role"
-	if s.intermediate != nil {
-		who = "the intermediate role"
-	}
+	who := s.who(key.RoleARN)
 	trust.Principal.AWS = principal(message)
 	if trust.Principal.AWS == "" {
 		trust.Principal.AWS = "<ARN of " + who + ">"
@@ -117,6 +117,47 @@ func (s *STS) assumeRoleHint(key cache.Key, message string) string {
 	}
 	return "see that the role exists and, if it is in another account or trusts the whole account, that the policy of " + who +
 		" allows it; add to its trust policy (with the path of the principal, if it has one): " + trust.String()
+}
+
+// explicitDeny is what STS says where a policy refuses what others may allow.
+const explicitDeny = "with an explicit deny in "
+
+// reason is the end of STS's text where it tells which kind of policy decided. The words are those of IAM's user guide,
+// "Troubleshoot access denied error messages".
+var reason = regexp.MustCompile(`(?:` + explicitDeny + `(?:an? )?|because no )(identity-based policy|resource-based policy|permissions boundary|session policy|` +
+	`service control policy|resource control policy|VPC endpoint policy)`)
+
+// refusedBy is the kind of policy that refused, if STS tells and it is not the trust policy's missing permission.
+func refusedBy(message string) (kind string, ok bool) {
+	m := reason.FindStringSubmatch(message)
+	if m == nil || m[1] == "resource-based policy" && !strings.Contains(message, explicitDeny) {
+		return "", false
+	}
+	return m[1], true
+}
+
+// policyHint is about a refusal that no statement of a trust policy can mend.
+func (s *STS) policyHint(key cache.Key, kind string, denies bool) string {
+	if kind == "resource-based policy" {
+		kind = "the role's trust policy"
+	} else {
+		kind = "the " + kind
+	}
+	if denies {
+		return "find the statement with Effect Deny in " + kind + " and except this role from it: no Allow elsewhere counts against it"
+	}
+	if kind == "the identity-based policy" && harmless.MatchString(key.RoleARN) {
+		return fmt.Sprintf(`add to the policy of %s: {"Effect":"Allow","Action":"sts:AssumeRole","Resource":"%s"}; the role's trust policy must allow it too`, s.who(key.RoleARN), key.RoleARN)
+	}
+	return kind + " that applies to " + s.who(key.RoleARN) + " must allow it, beside its own policy and the role's trust policy"
+}
+
+// who assumes a role.
+func (s *STS) who(role string) string {
+	if s.intermediate != nil && s.intermediate.role != role {
+		return "the intermediate role"
+	}
+	return "the node's role"
 }
 
 // principal is the ARN of who was refused in STS's text, "User: arn:aws:sts::123456789012:assumed-role/node/i-0 is not
@@ -157,6 +198,9 @@ func webIdentityHint(key cache.Key, token string) string {
 func providerHint(key cache.Key, r refusal) string {
 	provider, issuer := providerOf(key, r.token)
 	switch {
+	case strings.HasPrefix(issuer, "kubernetes.default."):
+		return "AWS cannot reach https://" + issuer + ", the issuer of this cluster's tokens: give the API server a public --service-account-issuer, " +
+			"then create an IAM OIDC provider for it in the role's account (docs/roles.md)"
 	case strings.Contains(r.message, "OpenIDConnect provider"), strings.Contains(r.message, "issuer"):
 		hint := "create an IAM OIDC provider for the cluster's issuer in the role's account"
 		if a, err := arn.Parse(provider); err == nil && harmless.MatchString(key.Audience) {

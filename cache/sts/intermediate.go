@@ -19,6 +19,7 @@ const (
 // intermediate holds the session of the intermediate role. It is refreshed from half of its life on, and until it ends
 // nobody waits for that. The SDK's own credentials cache would fail with every failed refresh and has no half life.
 type intermediate struct {
+	role   string // its ARN
 	assume func(context.Context) (aws.Credentials, error)
 	log    *slog.Logger
 

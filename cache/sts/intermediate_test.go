@@ -39,7 +39,7 @@ func TestIntermediateRefused(t *testing.T) {
 	s, srv := start(t, Options{IntermediateRoleARN: hopARN}, refuse(403, "AccessDenied", "no"))
 	_, err := s.Issue(t.Context(), key)
 	e := issueError(t, err)
-	if e.Code != "AccessDenied" || !e.Denied || !strings.HasPrefix(e.Error(), "intermediate role: AssumeRole "+hopARN+": AccessDenied: no") || e.Hint == "" {
+	if e.Code != "AccessDenied" || !e.Denied || !strings.HasPrefix(e.Error(), "intermediate role: AssumeRole "+hopARN+": AccessDenied: no") || !strings.Contains(e.Hint, "the policy of the node's role") {
 		t.Errorf("error %+v", e)
 	}
 	if n := len(srv.seen()); n != 1 {

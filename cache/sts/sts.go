@@ -141,7 +141,7 @@ func New(ctx context.Context, o Options) (*STS, error) {
 			name = "imdsgate"
 		}
 		key := cache.Key{RoleARN: o.IntermediateRoleARN, SessionName: name[:min(len(name), 64)], Duration: chainedDuration}
-		s.intermediate = &intermediate{log: log, assume: func(ctx context.Context) (aws.Credentials, error) {
+		s.intermediate = &intermediate{role: key.RoleARN, log: log, assume: func(ctx context.Context) (aws.Credentials, error) {
 			c, err := s.assumeRole(ctx, key, s.node)
 			if err != nil {
 				return aws.Credentials{}, err
@@ -234,7 +234,7 @@ func (s *STS) assumeRole(ctx context.Context, key cache.Key, as aws.CredentialsP
 		}
 		return cache.Credentials{}, err
 	}
-	return s.issued(opAssumeRole, key, out.Credentials, out.ResultMetadata)
+	return s.issued(opAssumeRole, key, out.Credentials, out.AssumedRoleUser, out.ResultMetadata)
 }
 
 func (s *STS) issueWebIdentity(ctx context.Context, key cache.Key) (cache.Credentials, error) {
@@ -266,20 +266,42 @@ func (s *STS) issueWebIdentity(ctx context.Context, key cache.Key) (cache.Creden
 	if err != nil {
 		return cache.Credentials{}, s.failure(opWebIdentity, key, err, token)
 	}
-	return s.issued(opWebIdentity, key, out.Credentials, out.ResultMetadata)
+	return s.issued(opWebIdentity, key, out.Credentials, out.AssumedRoleUser, out.ResultMetadata)
 }
 
-// issued checks an answer: a server that answers 200 with half of it must not overwrite good credentials.
-func (s *STS) issued(op string, key cache.Key, c *types.Credentials, meta smithymiddleware.Metadata) (cache.Credentials, error) {
-	if c == nil || aws.ToString(c.AccessKeyId) == "" || aws.ToString(c.SecretAccessKey) == "" ||
-		aws.ToString(c.SessionToken) == "" || c.Expiration == nil {
-		return cache.Credentials{}, &cache.IssueError{
-			Err: fmt.Errorf("%s %s: STS answered without complete credentials", op, oneLine(key.RoleARN, maxText/2)),
-		}
+// issued checks an answer: a server that answers 200 with half of it must not overwrite good credentials, and one that mixes up
+// its answers must not give a pod another's.
+func (s *STS) issued(op string, key cache.Key, c *types.Credentials, user *types.AssumedRoleUser, meta smithymiddleware.Metadata) (cache.Credentials, error) {
+	wrong := ""
+	switch {
+	case c == nil || aws.ToString(c.AccessKeyId) == "" || aws.ToString(c.SecretAccessKey) == "" ||
+		aws.ToString(c.SessionToken) == "" || c.Expiration == nil:
+		wrong = "STS answered without complete credentials"
+	case user != nil && !sessionOf(key, aws.ToString(user.Arn)):
+		wrong = "STS answered with another session's credentials, those of " + oneLine(aws.ToString(user.Arn), maxText/4)
+	}
+	if wrong != "" {
+		return cache.Credentials{}, &cache.IssueError{Err: fmt.Errorf("%s %s: %s", op, oneLine(key.RoleARN, maxText/2), wrong)}
 	}
 	issued := cache.NewCredentials(*c.AccessKeyId, *c.SecretAccessKey, *c.SessionToken, time.Now(), *c.Expiration)
 	issued.RequestID, _ = middleware.GetRequestIDMetadata(meta)
 	return issued, nil
+}
+
+// sessionOf says whether the ARN that STS has for a session, arn:<partition>:sts::<account>:assumed-role/<role>/<session>, can be
+// the key's. STS leaves out the role's path and knows its name in any case. STS-compatible servers have no ARN, or forms of their
+// own: what cannot be read is no contradiction.
+func sessionOf(key cache.Key, arn string) bool {
+	got, asked := strings.SplitN(arn, ":", 6), strings.SplitN(key.RoleARN, ":", 6)
+	if len(got) < 6 || len(asked) < 6 {
+		return true
+	}
+	session, ok := strings.CutPrefix(got[5], "assumed-role/")
+	if !ok {
+		return true
+	}
+	role, name, _ := strings.Cut(session, "/")
+	return got[4] == asked[4] && name == key.SessionName && strings.EqualFold(role, asked[5][strings.LastIndexByte(asked[5], '/')+1:])
 }
 
 // Check finds out, for -check, whether STS can be reached and accepts the node's credentials, and whether the intermediate

@@ -424,6 +424,17 @@ func TestIncompleteAnswer(t *testing.T) {
 	}
 }
 
+// The issuer of a cluster that was made without one is no address that AWS could ask.
+func TestHintInClusterIssuer(t *testing.T) {
+	token := "e30." + base64.RawURLEncoding.EncodeToString([]byte(`{"iss":"https://kubernetes.default.svc.cluster.local"}`)) + ".sig"
+	tokens := tokenFunc(func(context.Context, string, string, string) (string, error) { return token, nil })
+	s, _ := start(t, Options{WebIdentity: true, Tokens: tokens}, refuse(400, "InvalidIdentityToken", "No OpenIDConnect provider found in your account for https://kubernetes.default.svc.cluster.local"))
+	_, err := s.Issue(t.Context(), webKey)
+	if e := issueError(t, err); !strings.Contains(e.Hint, "--service-account-issuer") || strings.Contains(e.Hint, "create-open-id-connect-provider") {
+		t.Errorf("hint %q", e.Hint)
+	}
+}
+
 func TestHints(t *testing.T) {
 	const nodeMessage = "User: arn:aws:sts::111122223333:assumed-role/node-role/i-0abc is not authorized to perform: sts:AssumeRole on resource: " + role
 	tagged, external := key, key
@@ -443,6 +454,15 @@ func TestHints(t *testing.T) {
 			[]string{`"Action":["sts:AssumeRole","sts:TagSession"]`, ":role/node-role"}},
 		{"external ID", false, external, 403, "AccessDenied", nodeMessage, []string{`"Condition":{"StringEquals":{"sts:ExternalId":"<the external ID of the annotation>"}}`}},
 		{"user", false, key, 403, "AccessDenied", "User: arn:aws:iam::111122223333:user/u is not authorized", []string{`{"AWS":"arn:aws:iam::111122223333:user/u"}`}},
+		{"denied by organization", false, key, 403, "AccessDenied", nodeMessage + " with an explicit deny in a service control policy",
+			[]string{"find the statement with Effect Deny in the service control policy"}},
+		{"denied by the role", false, key, 403, "AccessDenied", nodeMessage + " with an explicit deny in a resource-based policy", []string{"Effect Deny in the role's trust policy"}},
+		{"boundary", false, key, 403, "AccessDenied", nodeMessage + " because no permissions boundary allows the sts:AssumeRole action",
+			[]string{"the permissions boundary that applies to the node's role must allow it"}},
+		{"node's policy", false, key, 403, "AccessDenied", nodeMessage + " because no identity-based policy allows the sts:AssumeRole action",
+			[]string{`add to the policy of the node's role: {"Effect":"Allow","Action":"sts:AssumeRole","Resource":"` + role + `"}`}},
+		{"trust policy", false, key, 403, "AccessDenied", nodeMessage + " because no resource-based policy allows the sts:AssumeRole action",
+			[]string{`trust policy (with the path of the principal, if it has one): {"Effect":"Allow","Principal":{"AWS":"arn:aws:iam::111122223333:role/node-role"}`}},
 		{"no principal", false, key, 403, "AccessDenied", "Access denied", []string{`{"AWS":"<ARN of the node's role>"}`}},
 		{"strange principal", false, key, 403, "AccessDenied", "User: %s&#10;oops is", []string{`{"AWS":"<ARN of the node's role>"}`}},
 		{"subject", true, webKey, 403, "AccessDenied", "Not authorized to perform sts:AssumeRoleWithWebIdentity",
