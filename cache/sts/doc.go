@@ -12,5 +12,6 @@
 //   - A duration that STS caps is asked for again as 1 h, once, and said once per role (TestDurationFallback).
 //   - The intermediate role is assumed ahead of its expiry, once for all callers, and a failed refresh never discards a
 //     session that is still valid (TestIntermediate and the tests beside it).
-//   - An answer without complete credentials is an error, not credentials (TestIncompleteAnswer).
+//   - An answer without complete credentials, or of another session than was asked for, is an error, not credentials
+//     (TestIncompleteAnswer, TestAnswerOfAnotherSession).
 package sts

@@ -1,0 +1,42 @@
+package sts
+
+import (
+	"strings"
+	"testing"
+)
+
+// What STS says about whose session it is must be true, where it says it.
+func TestAnswerOfAnotherSession(t *testing.T) {
+	const ours = "arn:aws:sts::123456789012:assumed-role/cart/shop.cart@node-1"
+	for arn, ok := range map[string]bool{
+		ours: true,
+		"arn:aws:sts::123456789012:assumed-role/Cart/shop.cart@node-1": true, // names of roles differ in more than case
+		"": true, "arn:minio:sts:::": true, "x": true,
+		"arn:aws:sts::123456789012:assumed-role/victim/shop.cart@node-1":    false,
+		"arn:aws:sts::123456789012:assumed-role/cart/shop.victim@node-1":    false,
+		"arn:aws:sts::210987654321:assumed-role/cart/shop.cart@node-1":      false,
+		"arn:aws:sts::123456789012:assumed-role/cart":                       false,
+		"arn:aws:sts::123456789012:assumed-role/team/cart/shop.cart@node-1": false,
+	} {
+		for _, web := range []bool{false, true} {
+			key, op := key, opAssumeRole
+			if web {
+				key, op = webKey, opWebIdentity
+			}
+			s, _ := start(t, Options{WebIdentity: web}, func(int, call) answer {
+				return answer{body: "<" + op + "Response><" + op + "Result><AssumedRoleUser><AssumedRoleId>x</AssumedRoleId><Arn>" + arn + "</Arn></AssumedRoleUser>" +
+					"<Credentials><AccessKeyId>a</AccessKeyId><SecretAccessKey>b</SecretAccessKey><SessionToken>c</SessionToken>" +
+					"<Expiration>2031-01-02T15:04:05Z</Expiration></Credentials></" + op + "Result></" + op + "Response>"}
+			})
+			c, err := s.Issue(t.Context(), key)
+			switch {
+			case ok && (err != nil || c.AccessKeyID != "a"):
+				t.Errorf("%s of %q: %v %v", op, arn, c, err)
+			case !ok && (c.AccessKeyID != "" || !strings.Contains(issueError(t, err).Error(), "another session's credentials, those of "+arn)):
+				t.Errorf("%s of %q: %v %v", op, arn, c, err)
+			case !ok && issueError(t, err).Denied:
+				t.Errorf("%s of %q is final", op, arn)
+			}
+		}
+	}
+}
