@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -55,14 +56,28 @@ func (o *owner) locked(ctx context.Context, change func() error) error {
 	}
 }
 
-// read returns the generation of the present owner; 0 if the file is lost or holds no number: that tells of nobody.
+// maxGeneration is more than a number needs, in bytes.
+const maxGeneration = 32
+
+// read returns the generation of the present owner; 0 if the file is lost, is none or holds no number: that tells of nobody.
 func (o *owner) read() (uint64, error) {
-	b, err := os.ReadFile(filepath.Join(o.dir, generationFile))
-	if errors.Is(err, os.ErrNotExist) {
+	fail := func(err error) (uint64, error) { return 0, fmt.Errorf("read the owner of the rules: %w", err) }
+	f, err := os.OpenFile(filepath.Join(o.dir, generationFile), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0) // a named pipe would block
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ELOOP) {
 		return 0, nil
 	}
 	if err != nil {
-		return 0, fmt.Errorf("read the owner of the rules: %w", err)
+		return fail(err)
+	}
+	defer f.Close()
+	if info, err := f.Stat(); err != nil {
+		return fail(err)
+	} else if !info.Mode().IsRegular() {
+		return 0, nil
+	}
+	b, err := io.ReadAll(io.LimitReader(f, maxGeneration))
+	if err != nil {
+		return fail(err)
 	}
 	n, err := strconv.ParseUint(string(bytes.TrimSpace(b)), 10, 63) // there is a next one
 	if err != nil {
@@ -82,6 +97,7 @@ func (o *owner) take() error {
 	path, content := filepath.Join(o.dir, generationFile), strconv.AppendUint(nil, n, 10)
 	// Known before it can be read: check, which holds no lock, would take it for another instance's.
 	before := o.generation.Swap(n)
+	_ = os.Remove(path + ".new") // of an instance that was killed, or a named pipe, which would block
 	err := os.WriteFile(path+".new", content, 0o600)
 	if err == nil {
 		err = os.Rename(path+".new", path)
@@ -96,7 +112,7 @@ func (o *owner) take() error {
 // overwrite writes into a file that is there: on a disk without a free byte that needs none. The instance before this one is told
 // by no event, and finds out before its next repair.
 func overwrite(path string, content []byte) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|unix.O_NOFOLLOW, 0)
+	f, err := os.OpenFile(path, os.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return err
 	}

@@ -2,10 +2,14 @@ package iptables
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"sync"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // An instance that takes over must not take itself for another one, however often it looks meanwhile.
@@ -67,5 +71,54 @@ func TestOwnerOnFullDisk(t *testing.T) {
 	}
 	if err := fresh.check(); err != nil {
 		t.Errorf("after noise: %v", err)
+	}
+}
+
+// Whatever stands in a file's place, to look at it ends at once and tells of nobody: the guard, which comes after the first look,
+// must not wait for a named pipe, nor the repairs end with it.
+func TestOwnerWithoutFile(t *testing.T) {
+	for name, put := range map[string]func(path string) error{
+		"named pipe":                func(path string) error { return unix.Mkfifo(path, 0o600) },
+		"directory":                 func(path string) error { return os.Mkdir(path, 0o700) },
+		"symbolic link to a device": func(path string) error { return os.Symlink("/dev/zero", path) },
+		"link to nothing":           func(path string) error { return os.Symlink("nothing", path) },
+		"huge":                      func(path string) error { return errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, 1<<40)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			if err := errors.Join(put(filepath.Join(dir, generationFile)), put(filepath.Join(dir, generationFile+".new"))); err != nil {
+				t.Fatal(err)
+			}
+			o := &owner{dir: dir}
+			done := make(chan error, 1)
+			go func() {
+				n, err := o.read()
+				if n != 0 {
+					err = errors.Join(err, fmt.Errorf("generation %d", n))
+				}
+				done <- errors.Join(err, o.check())
+			}()
+			select {
+			case err := <-done:
+				if err != nil {
+					t.Error(err)
+				}
+			case <-time.After(5 * time.Second):
+				t.Fatal("it waits")
+			}
+			if name == "directory" { // nothing can take its place
+				return
+			}
+			go func() { done <- errors.Join(o.take(), o.check()) }()
+			select {
+			case err := <-done:
+				if n, _ := o.read(); err != nil || n != o.generation.Load() {
+					t.Errorf("generation %d after taking over: %v", n, err)
+				}
+			case <-time.After(5 * time.Second):
+				t.Fatal("to take over waits")
+			}
+		})
 	}
 }
