@@ -141,6 +141,12 @@ func (k *checker) run(ctx context.Context) error {
 	r.result("state", stateDir(c.StateDir), "-state-dir can be used")
 	if err == nil {
 		r.result("pods", k.pods.NodeExists(asking), fmt.Sprintf("%d pods are bound to node %s; -check -all explains each", len(k.pods.All()), c.Node))
+		if err := k.pods.CanReport(asking); err != nil {
+			r.add(page.Finding{
+				Severity: string(iptables.Warning), About: "events", Text: err.Error(),
+				Fix: "let its ClusterRole create and patch events: without them nobody but the operator hears why a pod got nothing",
+			})
+		}
 	} else {
 		r.result("pods", err, "")
 	}

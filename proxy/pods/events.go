@@ -65,6 +65,17 @@ func (p *Pods) Report(pod proxy.Pod, onServiceAccount bool, reason, text string)
 	p.events.report(report{pod, onServiceAccount, reason, text})
 }
 
+// CanReport finds out, for -check, whether Events can be written; it writes none.
+func (p *Pods) CanReport(ctx context.Context) error {
+	ev := p.events.event(report{pod: proxy.Pod{Namespace: metav1.NamespaceDefault, Name: "imdsgate-check"}, reason: proxy.EventNoRole, text: "imdsgate -check"})
+	err := p.client.Post().Namespace(ev.Namespace).Resource("events").
+		VersionedParams(&metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}}, metav1.ParameterCodec).Body(ev).Do(ctx).Error()
+	if err != nil {
+		return fmt.Errorf("write Events: %w", explainForbidden(err, "create", "events"))
+	}
+	return nil
+}
+
 func (e *events) report(r report) {
 	if !e.due(r, time.Now()) {
 		return

@@ -158,7 +158,7 @@ func (p *Pods) explain(r *resident) Explanation {
 	switch {
 	case r.ended:
 		e.Reason = ReasonEnded
-		step(Note, "pod", "", "its containers have ended: its IP may be another pod's")
+		step(Note, "pod", "", "its containers have ended: its IP may be another pod's; what it was refused is in its Events: kubectl describe pod -n %s %s", r.pod.Namespace, r.pod.Name)
 		return e
 	case r.hostNetwork:
 		e.Reason = ReasonHostNetwork
@@ -204,6 +204,15 @@ func (p *Pods) explainDecision(e *Explanation, r *resident, c *proxy.Caller, ste
 		if r.ownSource {
 			step(Note, "role", "take AWS_WEB_IDENTITY_TOKEN_FILE or AWS_CONTAINER_CREDENTIALS_FULL_URI, and the webhook that sets it, away from the pod if imdsgate is to serve it",
 				"its containers name another source of credentials (IRSA or EKS Pod Identity), so its SDKs will not ask here; nothing is prefetched")
+		}
+		switch r.quiet {
+		case "":
+		case envProxy:
+			step(Note, "role", "add "+endpointHost+" to NO_PROXY of its containers", "its containers set HTTP_PROXY and not NO_PROXY="+endpointHost+
+				": SDKs that heed it ask the proxy for credentials")
+		default:
+			step(Note, "role", "take "+r.quiet+" out of the template that the pod is made of, if imdsgate is to serve it",
+				"its containers set %s: SDKs that heed it do not ask here", r.quiet)
 		}
 	default:
 		e.Decision = DecisionRefused

@@ -1,6 +1,7 @@
 package pods
 
 import (
+	"cmp"
 	"maps"
 	"net/netip"
 	"slices"
@@ -30,6 +31,7 @@ type facts struct {
 	phase       corev1.PodPhase
 	hostNetwork bool
 	ownSource   bool   // its SDKs get credentials without asking the metadata endpoint
+	quiet       string // a variable of its containers by which SDKs do not ask the metadata endpoint, or by way of a proxy
 	static      string // of a mirror: the UID of its static pod
 	terminating bool
 	ended       bool      // its containers will never run again
@@ -54,6 +56,9 @@ func podFacts(o *corev1.Pod) facts {
 		terminating: o.DeletionTimestamp != nil,
 		ownSource:   slices.ContainsFunc(o.Spec.Containers, ownSource) || slices.ContainsFunc(o.Spec.InitContainers, ownSource),
 		firstRun:    firstRun(&o.Status),
+	}
+	for _, c := range slices.Concat(o.Spec.InitContainers, o.Spec.Containers) {
+		f.quiet = cmp.Or(f.quiet, quiet(c))
 	}
 	if static, mirror := o.Annotations[corev1.MirrorPodAnnotationKey]; mirror {
 		f.pod.ServiceAccount = "" // a static pod, whatever else is written into the API server's copy
@@ -90,6 +95,38 @@ func ownSource(c corev1.Container) bool {
 	return slices.ContainsFunc(c.Env, func(e corev1.EnvVar) bool {
 		return e.Name == "AWS_WEB_IDENTITY_TOKEN_FILE" || e.Name == "AWS_CONTAINER_CREDENTIALS_FULL_URI"
 	})
+}
+
+// Variables by which SDKs that heed them do not ask the metadata endpoint, or a proxy instead.
+const (
+	envDisabled  = "AWS_EC2_METADATA_DISABLED"
+	envKey       = "AWS_ACCESS_KEY_ID"
+	envProxy     = "HTTP_PROXY"
+	envNoProxy   = "NO_PROXY"
+	endpointHost = "169.254.169.254"
+)
+
+// quiet is the first of them that a container sets; empty: none.
+func quiet(c corev1.Container) string {
+	value := func(name string) string {
+		i := slices.IndexFunc(c.Env, func(e corev1.EnvVar) bool { return strings.EqualFold(e.Name, name) })
+		switch {
+		case i < 0:
+			return ""
+		case c.Env[i].ValueFrom != nil:
+			return "?"
+		}
+		return c.Env[i].Value
+	}
+	switch {
+	case strings.EqualFold(value(envDisabled), "true"):
+		return envDisabled
+	case value(envKey) != "":
+		return envKey
+	case value(envProxy) != "" && !strings.Contains(value(envNoProxy), endpointHost) && !strings.ContainsAny(value(envNoProxy), "*?/"): // a network may hold it
+		return envProxy
+	}
+	return ""
 }
 
 // containersEnded reports whether no container of a terminating pod runs any more. A sidecar may outlive the others.

@@ -37,6 +37,29 @@ func TestKeep(t *testing.T) {
 	}
 }
 
+// Variables that keep SDKs from asking are told, those that do not are not.
+func TestQuiet(t *testing.T) {
+	for _, tt := range []struct {
+		env  []corev1.EnvVar
+		want string
+	}{
+		{nil, ""},
+		{[]corev1.EnvVar{{Name: "AWS_REGION", Value: "eu-west-1"}, {Name: envDisabled, Value: "false"}, {Name: envKey}}, ""},
+		{[]corev1.EnvVar{{Name: envDisabled, Value: "True"}}, envDisabled},
+		{[]corev1.EnvVar{{Name: envKey, ValueFrom: &corev1.EnvVarSource{}}}, envKey},
+		{[]corev1.EnvVar{{Name: "http_proxy", Value: "http://proxy:3128"}, {Name: "no_proxy", Value: "localhost,10.0.0.1"}}, envProxy},
+		{[]corev1.EnvVar{{Name: "HTTP_PROXY", Value: "http://proxy:3128"}, {Name: "no_proxy", Value: "localhost,169.254.169.254"}}, ""},
+		{[]corev1.EnvVar{{Name: "HTTP_PROXY", Value: "http://proxy:3128"}, {Name: "NO_PROXY", Value: "169.254.0.0/16"}}, ""},
+		{[]corev1.EnvVar{{Name: "HTTPS_PROXY", Value: "http://proxy:3128"}}, ""},
+	} {
+		p := podOf("a", "cart", nil)
+		p.Spec.Containers = []corev1.Container{{}, {Env: tt.env}}
+		if got := podFacts(p).quiet; got != tt.want {
+			t.Errorf("%v: %q, want %q", tt.env, got, tt.want)
+		}
+	}
+}
+
 func FuzzPodFacts(f *testing.F) {
 	for _, p := range []*corev1.Pod{
 		{}, podOf("a", "cart", []string{"10.0.0.1", "fe80::1%eth0", "x"}, terminating, ended, annotated(proxy.AnnotationPodRole, "arn:oops")),
