@@ -100,7 +100,7 @@ func scrape(t *testing.T, d *lab.Daemon) *scraped {
 	t.Cleanup(target.Close)
 	dir := t.TempDir()
 	config := filepath.Join(dir, "prometheus.yml")
-	text := fmt.Sprintf("scrape_configs:\n- job_name: imdsgate-metrics\n  scrape_interval: 250ms\n  scrape_timeout: 250ms\n  static_configs: [{targets: [%q]}]\n",
+	text := fmt.Sprintf("scrape_configs:\n- job_name: imdsgate-metrics\n  scrape_interval: 500ms\n  scrape_timeout: 500ms\n  static_configs: [{targets: [%q]}]\n",
 		target.Listener.Addr())
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
@@ -292,17 +292,21 @@ func TestPrometheus(t *testing.T) {
 		}},
 		{[]string{"ImdsgateSTSFailing"}, func(t *testing.T) {
 			t.Cleanup(n.AWS.Inject(aws.Unavailable()))
-			account(t, n, shop, "late", true)
-			late := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "late"})
-			ask(t, late, 1, http.StatusServiceUnavailable, roleList, "")
+			for i := range 3 { // with one, it is as many calls as the thief's
+				name := fmt.Sprint("late-", i)
+				account(t, n, shop, name, true)
+				late := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: name})
+				ask(t, late, 1, http.StatusServiceUnavailable, roleList, "")
+			}
 		}},
 		{[]string{"ImdsgateSlow"}, func(t *testing.T) {
-			t.Cleanup(n.AWS.Inject(aws.Fault{Delay: 350 * time.Millisecond}))
+			// Longer than any request is held: how much of it has passed when the pod asks does not matter.
+			t.Cleanup(n.AWS.Inject(aws.Fault{Delay: 5 * time.Second}))
 			for i := range 2 { // the histogram's series have no rate before their second sample
 				name := fmt.Sprint("slow-", i)
 				account(t, n, shop, name, true)
 				slow := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: name})
-				ask(t, slow, 1, http.StatusOK, roleList+name, "")
+				ask(t, slow, 1, http.StatusServiceUnavailable, roleList+name, "")
 			}
 		}},
 		{[]string{"ImdsgateCredentialsNearExpiry"}, func(t *testing.T) {
@@ -311,32 +315,47 @@ func TestPrometheus(t *testing.T) {
 			account(t, n, shop, "short", true)
 			labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "short"})
 		}},
-		{[]string{"ImdsgateRulesContested", "ImdsgateRedirectMissing"}, func(t *testing.T) {
-			repairs := func() (float64, error) {
+		{[]string{"ImdsgateRedirectMissing", "ImdsgateRulesContested"}, func(t *testing.T) {
+			metric := func(name string) float64 {
+				t.Helper()
 				m, err := d.Metrics(ctx)
-				return m[`imdsgate_repairs_total{what="redirect"}`], err
-			}
-			flush := []string{"-F", "PREROUTING"}
-			take := []string{"-I", "PREROUTING", "-d", "169.254.169.254", "-p", "tcp", "--dport", "80", "-j", "DNAT", "--to-destination", "127.0.0.1:8181"}
-			for _, args := range [][]string{flush, flush, flush, flush, take} {
-				before, err := repairs()
-				if err == nil {
-					_, err = n.Run(ctx, "iptables", append([]string{"-t", "nat"}, args...)...)
-				}
 				if err != nil {
 					t.Fatal(err)
 				}
+				return m[name]
+			}
+			repairs := func() float64 { return metric(`imdsgate_repairs_total{what="redirect"}`) }
+			flush := []string{"-F", "PREROUTING"}
+			take := []string{"-I", "PREROUTING", "-d", "169.254.169.254", "-p", "tcp", "--dport", "80", "-j", "DNAT", "--to-destination", "127.0.0.1:8181"}
+			change := func(rule []string) {
+				t.Helper()
+				if _, err := n.Run(ctx, "iptables", append([]string{"-t", "nat"}, rule...)...); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for range 4 {
+				before := repairs()
+				change(flush)
 				eventually(t, "the redirect is repaired", func() error {
-					if now, err := repairs(); err != nil || now == before {
-						return fmt.Errorf("%v repairs, %v", now, err)
+					if now := repairs(); now == before {
+						return fmt.Errorf("%v repairs", now)
 					}
 					return nil
 				})
 			}
-			// The second time the first place is left to it: two daemons would fight for it.
-			if _, err := n.Run(ctx, "iptables", append([]string{"-t", "nat"}, take...)...); err != nil {
-				t.Fatal(err)
-			}
+			// Who insists on the first place has it at last: two daemons would fight for it.
+			before := -1.0
+			eventually(t, "the first place is left to who insists on it", func() error {
+				if metric(`imdsgate_redirect_in_place{family="ipv4"}`) == 0 {
+					return nil
+				}
+				now := repairs()
+				if now != before {
+					before = now
+					change(take)
+				}
+				return fmt.Errorf("%v repairs", now)
+			})
 		}},
 	}
 	for _, f := range faults {
