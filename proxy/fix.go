@@ -79,6 +79,9 @@ func (p *Policy) noRole(s Subject, a annotated) *Refusal {
 	}
 	if p.PodAnnotations {
 		r.Text += ", and pod " + s.Pod.Namespace + "/" + s.Pod.Name + " has no " + AnnotationPodRole + " annotation"
+		if !r.Misplaced {
+			r.Text += " (a Deployment's own is not its pods': theirs stand in its spec.template)"
+		}
 	}
 	_, empty := s.ServiceAccountAnnotations[AnnotationRoleARN] // kubectl overwrites nothing unasked, not even an empty value
 	r.Fix = annotateCommand("serviceaccount", s.Pod.Namespace, s.Pod.ServiceAccount, AnnotationRoleARN, role, empty)
@@ -131,17 +134,16 @@ func (p *Policy) permit(s Subject, role string) string {
 	if n == nil {
 		return ""
 	}
+	if n.advice != "" {
+		return n.advice
+	}
 	type change struct {
 		annotation, value string
 		there             bool // already
 	}
 	var changes []change
 	glob := func() change {
-		list := []string{role}
-		if n.unreadable == nil {
-			list = slices.Concat(n.globs, list)
-		}
-		value, err := json.Marshal(list)
+		value, err := json.Marshal(append(slices.Clip(n.globs), role)) // none are left of a list that cannot be read
 		if err != nil || strings.Contains(string(value), `\`) {
 			value = nil
 		}

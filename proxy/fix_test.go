@@ -10,6 +10,9 @@ func TestFixes(t *testing.T) {
 	webIdentity := func(p *Policy) { p.Issuer = IssuerWebIdentity }
 	base := func(p *Policy) { p.BaseRoleARN = "arn:aws:iam::123456789012:role/" }
 	noBase := func(p *Policy) { p.BaseRoleARN = "" }
+	permits := func(annotations map[string]string) func(*Subject) {
+		return func(s *Subject) { s.Namespace = testPolicy(nil).Compile(annotations) }
+	}
 	absent := func(s *Subject) { s.ServiceAccountAbsent = true }
 	const account = "kubectl annotate serviceaccount -n shop cart "
 	for _, tt := range []struct {
@@ -38,6 +41,18 @@ func TestFixes(t *testing.T) {
 		{name: "hostile role on the pod", policy: noBase, pod: map[string]string{AnnotationPodRole: "arn:aws:iam::123456789012:role/';id;'/r"}, fix: ""},
 		{name: "mirror pod", subject: func(s *Subject) { s.Pod.ServiceAccount = "" }, fix: "static pods cannot have a role: run it as a DaemonSet or Deployment with a service account"},
 		{name: "user", policy: noBase, account: withRole(AnnotationRoleARN, "arn:aws:iam::123456789012:user/bob"), fix: account + "eks.amazonaws.com/role-arn=arn:aws:iam::ACCOUNT:role/ROLE --overwrite"},
+		{
+			name: "one annotation unreadable, the other one kept", account: withRole(),
+			subject: permits(map[string]string{AnnotationAllowedRoles: `["arn:aws:iam::123456789012:role/web"]`, AnnotationPermitted: "("}),
+			fix: `kubectl annotate namespace shop iam.amazonaws.com/allowed-roles='["arn:aws:iam::123456789012:role/web","` + testARN + `"]' --overwrite && ` +
+				`kubectl annotate namespace shop iam.amazonaws.com/permitted='` + testARN + `' --overwrite`,
+		},
+		{
+			name: "neither annotation permits it, one unreadable", account: withRole(),
+			subject: permits(map[string]string{AnnotationAllowedRoles: "web", AnnotationPermitted: "arn:x"}),
+			fix: `kubectl annotate namespace shop iam.amazonaws.com/allowed-roles='["` + testARN + `"]' --overwrite && ` +
+				`kubectl annotate namespace shop iam.amazonaws.com/permitted='arn:x|` + testARN + `' --overwrite`,
+		},
 		{name: "duration", account: withRole(AnnotationSessionDuration, "1 h"), fix: account + "imdsgate.dev/session-duration=1h --overwrite"},
 		{
 			name: "audience", policy: webIdentity, account: withRole(AnnotationAudience, "vault"),

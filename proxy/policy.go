@@ -395,6 +395,7 @@ type NamespaceRules struct {
 	pattern             *regexp.Regexp
 	expression          string // that pattern is made of
 	unreadable          error  // of one line; then nothing is permitted
+	advice              string // what to do about it, where to write the annotation anew would lose what is right in it
 	unread              string // an annotation that is there, but that -namespace-policy does not read
 }
 
@@ -408,44 +409,49 @@ func (p *Policy) Compile(annotations map[string]string) *NamespaceRules {
 	if p.NamespacePolicy == NamespacePolicyGlob || p.NamespacePolicy == NamespacePolicyAuto {
 		if list, ok := annotations[AnnotationAllowedRoles]; ok {
 			n.hasGlobs = true
-			if n.globs, n.unreadable = p.compileGlobs(list); n.unreadable != nil {
-				n.unreadable = fmt.Errorf("annotation %s: %w", AnnotationAllowedRoles, n.unreadable)
-				return n
+			var err error
+			if n.globs, n.advice, err = p.compileGlobs(list); err != nil {
+				n.unreadable = fmt.Errorf("annotation %s: %w", AnnotationAllowedRoles, err)
 			}
 		}
 	}
 	if p.NamespacePolicy == NamespacePolicyRegexp || p.NamespacePolicy == NamespacePolicyAuto {
 		if expr, ok := annotations[AnnotationPermitted]; ok {
 			n.hasRegexp, n.expression = true, expr
-			if n.pattern, n.unreadable = compileRegexp(expr); n.unreadable != nil {
-				n.unreadable = fmt.Errorf("annotation %s: %w", AnnotationPermitted, n.unreadable)
+			var err error
+			if n.pattern, err = compileRegexp(expr); err != nil && n.unreadable == nil {
+				n.unreadable = fmt.Errorf("annotation %s: %w", AnnotationPermitted, err)
 			}
 		}
 	}
 	return n
 }
 
-func (p *Policy) compileGlobs(list string) ([]string, error) {
+// compileGlobs reads a list of patterns. Advice is what to do about an error of a list whose patterns may be meant as they are.
+func (p *Policy) compileGlobs(list string) (globs []string, advice string, err error) {
+	const (
+		shorten  = "shorten the list: one pattern with * may stand for many"
+		withBase = "run imdsgate with -base-role-arn, as kube2iam with --base-role-arn, or begin each pattern with arn:"
+	)
 	if len(list) > maxGlobsBytes {
-		return nil, fmt.Errorf("it has more than %d bytes", maxGlobsBytes)
+		return nil, shorten, fmt.Errorf("it has more than %d bytes", maxGlobsBytes)
 	}
-	var globs []string
 	if err := json.Unmarshal([]byte(list), &globs); err != nil {
-		return nil, fmt.Errorf("%s is no JSON list of strings such as [%q]: %w", quoted(list), roleARNForm, err)
+		return nil, "", fmt.Errorf("%s is no JSON list of strings such as [%q]: %w", quoted(list), roleARNForm, err)
 	}
 	if len(globs) > maxGlobs {
-		return nil, fmt.Errorf("it has more than %d patterns", maxGlobs)
+		return nil, shorten, fmt.Errorf("it has more than %d patterns", maxGlobs)
 	}
 	for i, glob := range globs {
 		if p.BaseRoleARN == "" {
 			if strings.HasPrefix(glob, "arn:") || strings.HasPrefix(glob, "*") {
 				continue // as kube2iam without a base ARN: "*" is every role of every account
 			}
-			return nil, fmt.Errorf("pattern %s does not begin with arn:, and imdsgate runs without -base-role-arn, which would complete it", quoted(glob))
+			return nil, withBase, fmt.Errorf("pattern %s does not begin with arn:, and imdsgate runs without -base-role-arn, which would complete it", quoted(glob))
 		}
 		globs[i] = complete(p.BaseRoleARN, glob)
 	}
-	return globs, nil
+	return globs, "", nil
 }
 
 func compileRegexp(expr string) (*regexp.Regexp, error) {

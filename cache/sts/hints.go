@@ -115,8 +115,12 @@ func (s *STS) assumeRoleHint(key cache.Key, message string) string {
 	if key.ExternalID != "" {
 		trust.Condition = map[string]map[string]string{"StringEquals": {"sts:ExternalId": "<the external ID of the annotation>"}}
 	}
-	return "see that the role exists and, if it is in another account or trusts the whole account, that the policy of " + who +
-		" allows it; add to its trust policy (with the path of the principal, if it has one): " + trust.String()
+	wants := ""
+	if key.ExternalID == "" {
+		wants = "; if it asks for an external ID, annotate imdsgate.dev/external-id"
+	}
+	return "see that the role exists, path and case included, and, if it is in another account or trusts the whole account, that the policy of " + who +
+		" allows it" + wants + "; add to its trust policy (with the path of the principal, if it has one): " + trust.String()
 }
 
 // explicitDeny is what STS says where a policy refuses what others may allow.

@@ -126,6 +126,8 @@ func (p *Pod) status() Status {
 		return Stale
 	case problem:
 		return Refused
+	case len(p.IPs) == 0: // nobody is known to ask for it
+		return Waiting
 	}
 	return Served
 }
