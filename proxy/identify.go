@@ -12,7 +12,9 @@ type peerKey struct{}
 
 // withPeer notes once per connection who is at its other end. This is the whole of the caller's identity: the kernel of
 // the node vouches for the source address (the redirect's INPUT rule admits only connections that were redirected here),
-// and nothing that the client writes can change it. X-Forwarded-For and its like are never read for identity.
+// and nothing that the client writes can change it. That takes listeners without multipath TCP, which Go's have unless told
+// otherwise: such a connection's address is its first path's, and another path may be another pod's. X-Forwarded-For and its like
+// are never read for identity.
 func withPeer(ctx context.Context, c net.Conn) context.Context {
 	p := &atPeer{ip: addrOf(c.RemoteAddr())}
 	p.conn, _ = c.(*conn)

@@ -131,8 +131,8 @@ func (s *Server) Handler() http.Handler { return http.HandlerFunc(s.serve) }
 
 // Serve answers on the listeners until ctx is done, then drains and returns nil. Draining takes at most 5 s: it goes on
 // accepting until no new connection has come for a second, so that whoever moves the redirect elsewhere loses none, tells
-// every client to close, and finishes what is under way. Serve closes the listeners. An error means that one of them
-// failed; then nothing is drained.
+// every client to close, and finishes what is under way. Serve closes the listeners, which must not speak multipath TCP
+// (withPeer). An error means that one of them failed; then nothing is drained.
 func (s *Server) Serve(ctx context.Context, ln ...net.Listener) error {
 	hs := s.httpServer()
 	defer hs.Close()

@@ -351,6 +351,8 @@ func listen(ctx context.Context, ips []netip.Addr, port int) (listeners []net.Li
 	bind := func(port int) (ls []net.Listener, err error) {
 		for _, ip := range ips {
 			var lc net.ListenConfig
+			// A connection of several paths would go on, as its first one's, over another when that one's address is the next pod's.
+			lc.SetMultipathTCP(false)
 			l, err := lc.Listen(ctx, "tcp", net.JoinHostPort(ip.String(), strconv.Itoa(port)))
 			if err != nil {
 				for _, l := range ls {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -17,6 +18,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // fakeKube has one pod on node n1, at 127.0.0.1, with its service account and namespace.
@@ -241,6 +244,18 @@ func TestListen(t *testing.T) {
 	first, second, err := listen(t.Context(), c.HostIPs, port)
 	if err != nil || second || len(first) != 2 {
 		t.Fatal(first, second, err)
+	}
+	for _, l := range first {
+		raw, err := l.(*net.TCPListener).SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var protocol int
+		if err := errors.Join(raw.Control(func(fd uintptr) {
+			protocol, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PROTOCOL)
+		}), err); err != nil || protocol != unix.IPPROTO_TCP {
+			t.Errorf("%s listens with protocol %d, not plain TCP: %v", l.Addr(), protocol, err)
+		}
 	}
 	next, second, err := listen(t.Context(), c.HostIPs, port)
 	if err != nil || !second || next[0].Addr().(*net.TCPAddr).Port != port+1 {
