@@ -10,11 +10,11 @@ import (
 // answer leaves 2.4 KB of garbage, nearly all of it net/http's. In proportion to what lives, as Go has it, an answer would cost 4 %
 // more on a nearly empty node. Room is memory, though: at rest there is little, while many pods ask more, for as long as they do.
 const (
-	roomAtRest = 2 << 20
-	roomInUse  = 16 << 20
-	inUse      = 4 << 20          // bytes allocated a second: 1,700 answers
-	calm       = 15 * time.Second // after which the room is given back
-	lookEvery  = time.Second
+	minRoom   = 1 << 20
+	maxRoom   = 16 << 20
+	between   = 4 * time.Second  // two collections, as far as maxRoom goes
+	calm      = 15 * time.Second // after which room is given back
+	lookEvery = 5 * time.Second  // a scrape's megabyte is no load
 )
 
 // gcPercentStart is for the start, which leaves much garbage: what lives long then lies close together. It is never less, or a daemon
@@ -25,8 +25,8 @@ const gcPercentStart = 20
 type collector struct {
 	seen    heap
 	at      time.Time
-	busy    time.Time // when it was last in use
-	large   bool      // the room is roomInUse
+	room    uint64
+	needed  time.Time // when all of the room last was
 	percent int
 }
 
@@ -39,21 +39,21 @@ func readHeap() heap {
 	return heap{s[0].Value.Uint64(), s[1].Value.Uint64()}
 }
 
-// look returns the per cent of garbage on top of what lives that are right now, and whether room was taken back.
+// look returns the per cent of garbage on top of what lives that are right now, and whether much room was taken back.
 func (c *collector) look(now time.Time, h heap) (percent int, returned bool) {
-	if elapsed := now.Sub(c.at).Seconds(); !c.at.IsZero() && elapsed > 0 && float64(h.allocated-c.seen.allocated)/elapsed > inUse {
-		c.busy = now
+	room := uint64(minRoom)
+	if elapsed := now.Sub(c.at).Seconds(); !c.at.IsZero() && elapsed > 0 {
+		rate := float64(h.allocated-c.seen.allocated) / elapsed
+		room = uint64(min(max(rate*between.Seconds(), minRoom), maxRoom))
 	}
 	c.seen, c.at = h, now
-	was := c.large
-	c.large = !c.busy.IsZero() && now.Sub(c.busy) < calm
-	room := uint64(roomAtRest)
-	if c.large {
-		room = roomInUse
+	if room >= c.room || now.Sub(c.needed) >= calm {
+		returned = room <= c.room/2
+		c.room, c.needed = room, now
 	}
 	// With p per cent, collection begins at the larger of live+p·live and p·4 MiB.
 	live := max(h.live, 1<<20)
-	return max(gcPercentStart, int(min(100*room/live, 100*(room+live)/(4<<20)))), was && !c.large
+	return max(gcPercentStart, int(min(100*c.room/live, 100*(c.room+live)/(4<<20)))), returned
 }
 
 // follow looks and sets. Setting stops the world for some 20 µs, so it needs a reason.

@@ -18,14 +18,18 @@ func TestCollectorRoom(t *testing.T) {
 		heap      int // at which a collection is to begin
 		returned  bool
 	}{
-		{0, 100 * mb, 2 * mb, 4 * mb, false}, // the start's garbage is nobody's use
-		{time.Second, mb, 2 * mb, 4 * mb, false},
-		{time.Second, mb, 8 * mb, 10 * mb, false},
+		{0, 100 * mb, 2 * mb, 3 * mb, false}, // the start's garbage is nobody's use
+		{time.Second, mb / 8, 2 * mb, 3 * mb, false},
+		{time.Second, 0, 5 * mb, 6 * mb, false},
+		{time.Second, mb, 2 * mb, 6 * mb, false},
 		{time.Second, 5 * mb, 2 * mb, 18 * mb, false},
 		{time.Second, 0, 2 * mb, 18 * mb, false},
 		{calm - 2*time.Second, 0, 4 * mb, 20 * mb, false},
-		{time.Second, 0, 4 * mb, 6 * mb, true},
-		{time.Second, 0, 4 * mb, 6 * mb, false},
+		{time.Second, 2 * mb, 4 * mb, 12 * mb, true},
+		{time.Second, 0, 4 * mb, 12 * mb, false},
+		{calm - 2*time.Second, 0, 4 * mb, 12 * mb, false},
+		{time.Second, 0, 4 * mb, 5 * mb, true},
+		{time.Second, 0, 4 * mb, 5 * mb, false},
 	} {
 		now, allocated = now.Add(tt.after), allocated+tt.allocates
 		percent, returned := c.look(now, heap{allocated, tt.live})
@@ -34,8 +38,8 @@ func TestCollectorRoom(t *testing.T) {
 			t.Errorf("step %d: with %d %% a collection begins at %d, returned %v; want %d, %v", i, percent, begins, returned, tt.heap, tt.returned)
 		}
 	}
-	if percent, _ := c.look(now.Add(time.Second), heap{allocated, 0}); percent != 75 { // 3 MiB
-		t.Errorf("%d %% before the first collection, want 75", percent)
+	if percent, _ := c.look(now.Add(time.Second), heap{allocated, 0}); percent != 50 { // 2 MiB
+		t.Errorf("%d %% before the first collection, want 50", percent)
 	}
 	if percent, _ := c.look(now.Add(time.Minute), heap{allocated, 500 * mb}); percent != gcPercentStart {
 		t.Errorf("%d %% with 500 MiB that live", percent)

@@ -24,23 +24,25 @@ func (d *daemon) keepSmall(ctx context.Context) error {
 	if err := d.pods.WaitSynced(ctx); err != nil {
 		return ctx.Err()
 	}
-	tick := time.NewTicker(lookEvery)
-	defer tick.Stop()
+	started, settled := time.After(2*time.Second), time.After(30*time.Second) // the first credentials have come
+	look := time.NewTicker(lookEvery)
+	defer look.Stop()
 	var c collector
-	for second := 1; ; second++ {
+	for {
 		select {
-		case <-tick.C:
+		case <-look.C:
+			if tuned {
+				c.follow()
+			}
+			continue
+		case <-started:
+		case <-settled:
 		case <-ctx.Done():
 			return ctx.Err()
 		}
-		if second == 2 || second == 30 { // the start is over; the first credentials have come
-			debug.FreeOSMemory()
-			if err := releaseProgram(); err != nil {
-				d.log.DebugContext(ctx, "pages of the program stay mapped", "error", err.Error())
-			}
-		}
-		if tuned {
-			c.follow()
+		debug.FreeOSMemory()
+		if err := releaseProgram(); err != nil {
+			d.log.DebugContext(ctx, "pages of the program stay mapped", "error", err.Error())
 		}
 	}
 }

@@ -45,7 +45,7 @@ const (
 	fullNode       = 250
 	maxRSS         = 32e6
 	maxStartBytes  = 2 * mib // from the API server
-	maxConnections = 25      // for 301 streams, of which the API server takes 100 on one
+	maxConnections = 14      // for 301 streams, of which the API server takes 100 on one
 )
 
 // node makes a node with so many pods, and what its daemon needs to issue their credentials.
@@ -117,7 +117,7 @@ func begin(t testing.TB, n *lab.Node, c *crowd) (*subject, sample) {
 // settles waits until what only the start needed was given back, and fails if that leaves too much.
 func settles(t testing.TB, s *subject, ceiling int64) (f footprint) {
 	t.Helper()
-	for end := time.Now().Add(15 * time.Second); ; {
+	for end := time.Now().Add(25 * time.Second); ; { // before the pages of the program go
 		var err error
 		if f, err = s.footprint(t.Context()); err != nil {
 			t.Fatal(err)
@@ -156,7 +156,7 @@ func TestGrowthWithCluster(t *testing.T) {
 		t.Fatal(err)
 	}
 	s, large := begin(t, n, pods)
-	large.Memory = settles(t, s, maxRSS)
+	large.Memory = settles(t, s, min(maxRSS, small.Memory.RSS*11/10)) // as near 10 % as everything else
 	t.Logf("of a small and a large cluster:\n%+v\n%+v", small, large)
 
 	// One for the node's pods, one for each service account and each namespace of theirs.
@@ -165,16 +165,18 @@ func TestGrowthWithCluster(t *testing.T) {
 	}
 	near(t, "bytes from the API server at the start", float64(small.Received), float64(large.Received))
 	near(t, "bytes to the API server at the start", float64(small.Sent), float64(large.Sent))
-	near(t, "resident memory", float64(small.Memory.RSS), float64(large.Memory.RSS))
 
 	quiet := s.relay.received.Load()
-	churn, cancel := context.WithTimeout(ctx, 4*time.Second)
-	defer cancel()
-	changed, err := c.stir(churn, 50)
-	if err != nil || changed < 50 {
-		t.Fatalf("%d changes elsewhere: %v", changed, err)
+	var changed int64
+	for changed < 50 { // on a machine as busy as it may be
+		churn, cancel := context.WithTimeout(ctx, 4*time.Second)
+		done, err := c.stir(churn, 50)
+		cancel()
+		if changed += done; err != nil {
+			t.Fatalf("%d changes elsewhere: %v", changed, err)
+		}
 	}
-	if got := s.relay.received.Load() - quiet; got > 8<<10 { // bookmarks may come by
+	if got := s.relay.received.Load() - quiet; got > 8<<10+256*int64(large.Watches) { // a bookmark of each watch may come by
 		t.Errorf("%d changes elsewhere in the cluster sent %d bytes here", changed, got)
 	}
 }
@@ -194,11 +196,14 @@ func TestGrowthFullNode(t *testing.T) {
 
 	// A new pod of a service account that is followed already costs its own status alone, once it runs.
 	before, quiet := s.relay.conns.Load(), s.relay.received.Load()
-	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
-	defer cancel()
-	replaced, err := pods.churn(ctx, 200*time.Millisecond, 0)
-	if err != nil || replaced < 5 {
-		t.Fatalf("%d pods replaced: %v", replaced, err)
+	replaced := 0
+	for replaced < 5 { // on a machine as busy as it may be
+		ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
+		done, err := pods.churn(ctx, 200*time.Millisecond, replaced)
+		cancel()
+		if replaced += done; err != nil {
+			t.Fatalf("%d pods replaced: %v", replaced, err)
+		}
 	}
 	got := s.relay.received.Load() - quiet
 	t.Logf("%d pods replaced: %d bytes", replaced, got)
