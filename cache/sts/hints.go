@@ -116,7 +116,7 @@ func (s *STS) assumeRoleHint(key cache.Key, message string) string {
 		trust.Condition = map[string]map[string]string{"StringEquals": {"sts:ExternalId": "<the external ID of the annotation>"}}
 	}
 	wants := ""
-	if key.ExternalID == "" {
+	if key.ExternalID == "" && (s.intermediate == nil || s.intermediate.role != key.RoleARN) {
 		wants = "; if it asks for an external ID, annotate imdsgate.dev/external-id"
 	}
 	return "see that the role exists, path and case included, and, if it is in another account or trusts the whole account, that the policy of " + who +

@@ -117,7 +117,7 @@ func New(ctx context.Context, o Options) (*STS, error) {
 		config.WithLogger(sdkLogger(log)),
 	)
 	if err != nil {
-		return nil, fmt.Errorf("read the AWS configuration: %w", err)
+		return nil, fmt.Errorf("read the AWS configuration (AWS_CA_BUNDLE, AWS_PROFILE, AWS_CONFIG_FILE): %w", err)
 	}
 	s := &STS{
 		webIdentity: o.WebIdentity,
@@ -359,7 +359,7 @@ func (s *STS) retrieve(ctx context.Context, as aws.CredentialsProvider) (aws.Cre
 	}
 	return aws.Credentials{}, &cache.IssueError{
 		Err:  &failure{text: oneLine("the node has no AWS credentials: "+err.Error(), maxText), err: err},
-		Hint: "give the node an instance profile, or use the web-identity issuer, which needs none",
+		Hint: "give the node an instance profile and leave its metadata endpoint on, or use the web-identity issuer, which needs neither",
 	}
 }
 

@@ -131,7 +131,11 @@ func (k *checker) run(ctx context.Context) error {
 		if issuerErr != nil {
 			r.result("sts", issuerErr, "")
 		}
-		return k.explain(ctx, namespace, name)
+		ready := k.serving(r)
+		if err := k.explain(ctx, namespace, name); err != nil {
+			return err
+		}
+		return ready
 	}
 
 	asking, cancel := context.WithTimeout(ctx, checkTime)
@@ -208,6 +212,27 @@ func (k *checker) instance(r *report) {
 	for _, missing := range v.NotReady {
 		r.add(page.Finding{Severity: string(iptables.Error), About: "instance", Text: "not ready: " + missing})
 	}
+}
+
+// serving tells, above the pods, what keeps the node's instance from answering any of them.
+func (k *checker) serving(r *report) error {
+	if k.running == nil {
+		r.line("--", "instance", "none answers at -probe-socket: where none runs nobody is served, and what follows is what one with these settings would do", "")
+		return nil
+	}
+	for _, missing := range k.running.NotReady {
+		r.add(page.Finding{Severity: string(iptables.Error), About: "instance", Text: "not ready: " + missing})
+	}
+	failed := r.failed
+	for _, f := range k.running.Rules {
+		if f.Severity != string(iptables.Info) {
+			r.add(f)
+		}
+	}
+	if failed {
+		return errFindings
+	}
+	return nil
 }
 
 // watchPods starts to follow the API server; stop ends it.

@@ -77,6 +77,20 @@ var table = []broken{
 		fix:  "kubectl annotate serviceaccount -n shop cart eks.amazonaws.com/role-arn=" + cart,
 	},
 	{
+		name: "kube2iam's annotation on the account", symptom: "kube2iam's annotation on the service account", namespace: permits,
+		account: map[string]string{"iam.amazonaws.com/role": cart},
+		status:  404, event: "NoRole", state: "refused",
+		says: "annotation iam.amazonaws.com/role of service account shop/cart has no effect, it is for pods",
+		fix:  "kubectl annotate serviceaccount -n shop cart eks.amazonaws.com/role-arn=" + cart,
+	},
+	{
+		name: "mistyped", symptom: "a typing error in the annotation's name", namespace: permits,
+		account: map[string]string{"eks.amazonaws.com/role_arn": cart},
+		status:  404, event: "NoRole", state: "refused",
+		says: "annotation eks.amazonaws.com/role_arn of service account shop/cart has no effect, imdsgate reads none of this name",
+		fix:  "kubectl annotate serviceaccount -n shop cart eks.amazonaws.com/role-arn=" + cart,
+	},
+	{
 		name: "namespace", symptom: "the namespace permits nothing", account: map[string]string{roleAnnotation: cart},
 		status: 403, event: "RoleDenied", state: "refused",
 		says: "namespace shop does not permit role " + cart + ": it permits none, it has no iam.amazonaws.com/allowed-roles annotation",
@@ -104,6 +118,13 @@ var table = []broken{
 		fix:  `kubectl annotate namespace shop iam.amazonaws.com/allowed-roles='["` + cart + `"]' --overwrite`,
 	},
 	{
+		name: "short patterns", symptom: "allowed-roles as kube2iam takes it, without -base-role-arn", account: map[string]string{roleAnnotation: cart},
+		namespace: map[string]string{allowed: `["web-*","cart"]`},
+		status:    403, event: "RoleDenied", state: "refused",
+		says: `pattern "web-*" does not begin with arn:, and imdsgate runs without -base-role-arn, which would complete it`,
+		fix:  "run imdsgate with -base-role-arn, as kube2iam with --base-role-arn, or begin each pattern with arn:",
+	},
+	{
 		name: "no expression", symptom: "permitted is no regular expression", account: map[string]string{roleAnnotation: cart},
 		namespace: map[string]string{permitted: "(role/cart"},
 		status:    403, event: "RoleDenied", state: "refused",
@@ -121,6 +142,12 @@ var table = []broken{
 		status: 403, event: "InvalidRoleARN", state: "refused",
 		says: `its account "12345678901" is not 12 digits`,
 		fix:  "kubectl annotate serviceaccount -n shop cart eks.amazonaws.com/role-arn=arn:aws:iam::ACCOUNT:role/ROLE --overwrite",
+	},
+	{
+		name: "quoted", symptom: "quotes or white space around the ARN", namespace: permits, account: map[string]string{roleAnnotation: `"` + cart + `"`},
+		status: 403, event: "InvalidRoleARN", state: "refused",
+		says: "quotes or white space are around it",
+		fix:  "kubectl annotate serviceaccount -n shop cart eks.amazonaws.com/role-arn=" + cart + " --overwrite",
 	},
 	{
 		name: "short name", symptom: "a short role name without -base-role-arn", namespace: permits, account: map[string]string{roleAnnotation: "cart"},
@@ -143,12 +170,34 @@ var table = []broken{
 		fix:  `add to its trust policy (with the path of the principal, if it has one): {"Effect":"Allow","Principal":{"AWS":"` + lab.NodeRoleARN + `"},"Action":"sts:AssumeRole"}`,
 	},
 	{
-		name: "external ID", symptom: "the role wants an external ID that nobody annotated", namespace: permits,
+		name: "external ID", symptom: "the role wants another external ID than the one annotated", namespace: permits,
 		account: map[string]string{roleAnnotation: base + "external", "imdsgate.dev/external-id": "wrong"},
 		role:    &aws.Role{ARN: base + "external", Trust: []aws.Trust{{AWS: lab.NodeRoleARN, ExternalID: "right"}}},
 		status:  403, event: "CredentialsFailed", state: "failing",
 		says: "AssumeRole " + base + "external: AccessDenied",
 		fix:  `"Condition":{"StringEquals":{"sts:ExternalId":"<the external ID of the annotation>"}}}`,
+	},
+	{
+		name: "external ID not annotated", symptom: "the role wants an external ID that is not annotated", namespace: permits,
+		account: map[string]string{roleAnnotation: base + "partner"},
+		role:    &aws.Role{ARN: base + "partner", Trust: []aws.Trust{{AWS: lab.NodeRoleARN, ExternalID: "right"}}},
+		status:  403, event: "CredentialsFailed", state: "failing",
+		says: "AssumeRole " + base + "partner: AccessDenied",
+		fix:  "if it asks for an external ID, annotate imdsgate.dev/external-id",
+	},
+	{
+		name: "denied", symptom: "a policy of the organization denies it", namespace: permits, account: map[string]string{roleAnnotation: base + "denied"},
+		prepare: deny("denied", "with an explicit deny in a service control policy"),
+		status:  403, event: "CredentialsFailed", state: "failing",
+		says: "with an explicit deny in a service control policy",
+		fix:  "find the statement with Effect Deny in the service control policy and except this role from it",
+	},
+	{
+		name: "node's policy", symptom: "the node's role has no policy that allows it", namespace: permits, account: map[string]string{roleAnnotation: base + "unallowed"},
+		prepare: deny("unallowed", "because no identity-based policy allows the sts:AssumeRole action"),
+		status:  403, event: "CredentialsFailed", state: "failing",
+		says: "because no identity-based policy allows the sts:AssumeRole action",
+		fix:  `add to the policy of the node's role: {"Effect":"Allow","Action":"sts:AssumeRole","Resource":"` + base + `unallowed"}`,
 	},
 	{
 		name: "clock", symptom: "the node's clock is wrong", namespace: permits, account: map[string]string{roleAnnotation: base + "clock"},
@@ -210,6 +259,16 @@ var table = []broken{
 		says: "AssumeRoleWithWebIdentity takes no external ID",
 		fix:  "remove the annotation and let the role's trust policy name the service account instead",
 	},
+}
+
+// deny makes STS refuse a role in the words of IAM's user guide: its stand-in has no such policies.
+func deny(role, why string) func(*lab.Node) {
+	return func(n *lab.Node) {
+		n.AWS.Inject(aws.Fault{
+			RoleARN: base + role, Status: 403, Code: "AccessDenied",
+			Message: "User: arn:aws:sts::123456789012:assumed-role/node-role/i-0123456789abcdef0 is not authorized to perform: sts:AssumeRole on resource: " + base + role + " " + why,
+		})
+	}
 }
 
 var daemonFlags = map[string][]string{

@@ -9,7 +9,9 @@ import (
 	"testing"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/imdsgate/imdsgate/e2e/aws"
 	"github.com/imdsgate/imdsgate/e2e/lab"
@@ -31,6 +33,34 @@ var others = map[string]other{
 		says:    "its containers name another source of credentials (IRSA or EKS Pod Identity), so its SDKs will not ask here",
 		fix:     "take AWS_WEB_IDENTITY_TOKEN_FILE or AWS_CONTAINER_CREDENTIALS_FULL_URI, and the webhook that sets it, away from the pod if imdsgate is to serve it",
 		where:   "page, -check: it does not ask",
+	},
+	"disabled": {
+		symptom: "AWS_EC2_METADATA_DISABLED, or keys in AWS_ACCESS_KEY_ID",
+		says:    "its containers set AWS_EC2_METADATA_DISABLED: SDKs that heed it do not ask here",
+		fix:     "take AWS_EC2_METADATA_DISABLED out of the template that the pod is made of, if imdsgate is to serve it",
+		where:   "page, -check: it does not ask",
+	},
+	"proxy": {
+		symptom: "a proxy, and not NO_PROXY",
+		says:    "its containers set HTTP_PROXY and not NO_PROXY=169.254.169.254: SDKs that heed it ask the proxy for credentials",
+		fix:     "add 169.254.169.254 to NO_PROXY of its containers",
+		where:   "page, -check: it asks somebody else",
+	},
+	"ended": {
+		symptom: "the pod has ended",
+		says:    "its containers have ended: its IP may be another pod's; what it was refused is in its Events: kubectl describe pod -n",
+		where:   "page, -check",
+	},
+	"events": {
+		symptom: "the daemon may not write Events (RBAC)",
+		says:    "the permission to create events is missing, see the ClusterRole of the chart",
+		fix:     "let its ClusterRole create and patch events: without them nobody but the operator hears why a pod got nothing",
+		where:   "-check, log; everything but Events works",
+	},
+	"nobody": {
+		symptom: "no imdsgate runs on the node",
+		says:    "none answers at -probe-socket: where none runs nobody is served, and what follows is what one with these settings would do",
+		where:   "-check on the node",
 	},
 	"conflict": {
 		symptom: "pod and service account name different roles (-pod-annotations)",
@@ -115,9 +145,15 @@ func TestNotBroken(t *testing.T) {
 	d := labtest.Daemon(t, n, "-pod-annotations")
 	host := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart", HostNetwork: true})
 	irsa := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart", Env: map[string]string{"AWS_WEB_IDENTITY_TOKEN_FILE": "/token"}})
+	disabled := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart", Env: map[string]string{"AWS_EC2_METADATA_DISABLED": "true"}})
+	proxied := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart", Env: map[string]string{"http_proxy": "http://proxy:3128"}})
+	ended := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart"})
+	if err := ended.SetStatus(ctx, corev1.PodSucceeded); err != nil {
+		t.Fatal(err)
+	}
 	conflict := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart", Annotations: map[string]string{"iam.amazonaws.com/role": base + "other"}})
 	long := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "long"})
-	for _, p := range []*lab.Pod{conflict, long} {
+	for _, p := range []*lab.Pod{conflict, long, disabled, proxied} {
 		if status, body := get(ctx, t, p); status != http.StatusOK {
 			for status != http.StatusOK && ctx.Err() == nil {
 				status, body = get(ctx, t, p)
@@ -129,6 +165,9 @@ func TestNotBroken(t *testing.T) {
 	}
 	others["host network"].tells(t, n, d, host, 1)
 	others["irsa"].tells(t, n, d, irsa, 0)
+	others["disabled"].tells(t, n, d, disabled, 0)
+	others["proxy"].tells(t, n, d, proxied, 0)
+	others["ended"].tells(t, n, d, ended, 1)
 	others["conflict"].tells(t, n, d, conflict, 0)
 	others["capped"].tells(t, n, d, long, 0)
 	e, err := conflict.WaitEvent(ctx, "RoleConflict")
@@ -181,7 +220,7 @@ func TestNobodyRuns(t *testing.T) {
 			t.Errorf("%s ends with %d %v", issuer, code, err)
 		}
 		for _, want := range []string{
-			shop + "/" + good.Name + ": served\n", shop + "/" + twin.Name + ": served\n", "STS gives credentials for the role, valid for ",
+			others["nobody"].says, shop + "/" + good.Name + ": served\n", shop + "/" + twin.Name + ": served\n", "STS gives credentials for the role, valid for ",
 			shop + "/" + bad.Name + ": failing\n", "AccessDenied", `add to its trust policy`,
 		} {
 			if !strings.Contains(out, want) {
@@ -239,6 +278,43 @@ func TestPermissionMissing(t *testing.T) {
 	code, out, err := n.RunDaemon(ctx, lab.DaemonOptions{Flags: []string{"-check"}})
 	if err != nil || code != 1 || !strings.Contains(out, others["permission"].says) {
 		t.Errorf("-check ends with %d %v: %s", code, err, out)
+	}
+}
+
+// TestEventsForbidden: pods are served without the right to write Events, and the operator hears that nobody else hears anything.
+func TestEventsForbidden(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t)
+	n := labtest.Node(t, shared, lab.NodeOptions{})
+	if err := n.SetPermissions(ctx, slices.DeleteFunc(slices.Clone(lab.Permissions), func(r rbacv1.PolicyRule) bool {
+		return slices.Contains(r.Resources, "events")
+	})); err != nil {
+		t.Fatal(err)
+	}
+	d := labtest.Daemon(t, n)
+	o := others["events"]
+	code, out, err := n.RunDaemon(ctx, lab.DaemonOptions{Flags: []string{"-check"}})
+	if err != nil || code != 0 || !strings.Contains(out, o.says) || !strings.Contains(out, "fix: "+o.fix) {
+		t.Errorf("-check ends with %d %v: %s", code, err, out)
+	}
+	get(ctx, t, labtest.Pod(t, n, lab.PodSpec{ServiceAccount: "cart"}))
+	if _, err := d.Log().Wait(ctx, "cannot write an event", o.says); err != nil {
+		t.Error(err)
+	}
+	// With it nothing is said, and nothing is written.
+	if err := n.SetPermissions(ctx, lab.Permissions); err != nil {
+		t.Fatal(err)
+	}
+	for code, out = 0, o.says; err == nil && strings.Contains(out, o.says) && ctx.Err() == nil; {
+		code, out, err = n.RunDaemon(ctx, lab.DaemonOptions{Flags: []string{"-check"}})
+	}
+	if err != nil || code != 0 || strings.Contains(out, "events") {
+		t.Errorf("-check ends with %d %v: %s", code, err, out)
+	}
+	if list, err := shared.Kube.CoreV1().Events(metav1.NamespaceDefault).List(ctx, metav1.ListOptions{}); err != nil || slices.ContainsFunc(list.Items, func(e corev1.Event) bool {
+		return e.Source.Component == "imdsgate"
+	}) {
+		t.Errorf("-check wrote an Event: %v %v", list.Items, err)
 	}
 }
 
