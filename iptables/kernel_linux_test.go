@@ -234,10 +234,20 @@ func TestKernelRefusalIsTold(t *testing.T) {
 			{"ICMP over IPv6", 100 * time.Millisecond, func() error { return l.bridge.ping(ipv6, long) }},
 			{"TCP over IPv6", 1500 * time.Millisecond, func() error { _, err := l.bridge.dial(netip.AddrPortFrom(ipv6.endpoint(), 80)); return err }},
 		} {
-			began := time.Now()
-			err := probe.do()
-			if took := time.Since(began); !errors.Is(err, unix.ENETUNREACH) || took > probe.limit {
-				t.Errorf("%s: %v after %v", probe.name, err, took)
+			// The machine may be somebody else's for a moment; Linux tells a source of five refusals at once, then of one a second.
+			for attempt := 1; ; attempt++ {
+				began := time.Now()
+				err := probe.do()
+				took := time.Since(began)
+				if !errors.Is(err, unix.ENETUNREACH) {
+					t.Errorf("%s: %v after %v", probe.name, err, took)
+				} else if took > probe.limit && attempt < 3 {
+					time.Sleep(time.Second)
+					continue
+				} else if took > probe.limit {
+					t.Errorf("%s: after %v only", probe.name, took)
+				}
+				break
 			}
 		}
 	})
@@ -538,16 +548,22 @@ func testRepair(t *testing.T, kind string) {
 		{"rule deleted", []string{x4 + " -t nat -F IMDSGATE"}},
 		{"rule added", []string{x6 + " -t nat -I IMDSGATE -j RETURN"}},
 	} {
-		for _, c := range damage.commands {
-			run(t, c)
-		}
-		if damage.name == "flush" && kind == "nft" {
-			l.refused(damage.name, either)
-		}
-		took := eventually(t, 10*time.Second, damage.name+": the redirect is whole again", served) // by an event: the interval is 30 s
-		t.Logf("%s: whole again after %v", damage.name, took)
-		if took > 2*time.Second && damage.name == "flush" {
-			t.Errorf("%s: the redirect was whole again after %v only", damage.name, took)
+		for attempt := 1; ; attempt++ {
+			for _, c := range damage.commands {
+				run(t, c)
+			}
+			if damage.name == "flush" && kind == "nft" {
+				l.refused(damage.name, either)
+			}
+			took := eventually(t, 10*time.Second, damage.name+": the redirect is whole again", served) // by an event: the interval is 30 s
+			t.Logf("%s: whole again after %v", damage.name, took)
+			if took <= 2*time.Second || damage.name != "flush" {
+				break
+			}
+			if attempt == 3 { // the machine may have been somebody else's for a moment
+				t.Errorf("%s: the redirect was whole again after %v only", damage.name, took)
+				break
+			}
 		}
 	}
 	// The lock of our port.

@@ -183,16 +183,11 @@ func TestFailures(t *testing.T) {
 		return netip.MustParseAddrPort(l.Addr().String())
 	}
 	free := answer(func(net.Conn) {})
-	closed, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	closed.Close()
 	for name, tt := range map[string]struct {
 		endpoint netip.AddrPort
 		want     map[string]int64
 	}{
-		"nobody listens": {netip.MustParseAddrPort(closed.Addr().String()), map[string]int64{"refused": 10}},
+		"nobody listens": {netip.MustParseAddrPort("127.0.0.1:1"), map[string]int64{"refused": 10}},
 		"no answer":      {free, map[string]int64{"timeout": 2, "no connection in time": 8}},
 		"no HTTP":        {answer(func(c net.Conn) { fmt.Fprint(c, "SSH-2.0-x\r\n\r\n\r\n") }), map[string]int64{"malformed": 10}},
 		"no length":      {answer(func(c net.Conn) { fmt.Fprint(c, "HTTP/1.1 200 OK\r\n\r\nbody") }), map[string]int64{"malformed": 10}},
