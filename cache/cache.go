@@ -54,6 +54,7 @@ type Cache struct {
 	encode  func(Credentials) []byte
 	log     *slog.Logger
 	pace    pace
+	shares  shares
 	metrics metrics
 	wake    chan struct{} // of capacity 1: tells Run to look again at everything
 
@@ -89,6 +90,7 @@ func New(o Options) *Cache {
 		encode:  o.Encode,
 		log:     o.Log,
 		pace:    newPace(limit),
+		shares:  newShares(limit),
 		wake:    make(chan struct{}, 1),
 		entries: make(map[Key]*entry),
 		dir:     o.Dir,
@@ -294,6 +296,7 @@ func (c *Cache) next(now time.Time) (start []*entry, sleep time.Duration) {
 	defer c.mu.Unlock()
 	sleep = resync
 	c.due = c.due[:0]
+	c.shares.forget(now)
 	for _, e := range c.entries {
 		if e.issuing || e.waiters == 0 && !(e.live && (e.prefetch || e.asked)) {
 			continue
@@ -302,6 +305,7 @@ func (c *Cache) next(now time.Time) (start []*entry, sleep time.Duration) {
 			sleep = min(sleep, wait)
 			continue
 		}
+		e.greedy = c.shares.greedy(e.key.Namespace, now)
 		c.due = append(c.due, e)
 	}
 	slices.SortFunc(c.due, byUrgency)
@@ -310,7 +314,7 @@ func (c *Cache) next(now time.Time) (start []*entry, sleep time.Duration) {
 	for _, e := range c.due {
 		background := e.waiters == 0
 		if background && c.background == maxBackground {
-			break // the end of one of them wakes Run
+			continue // the end of one of them wakes Run
 		}
 		need := 1.0
 		if background && bucket.Burst() > 1 {
@@ -322,6 +326,7 @@ func (c *Cache) next(now time.Time) (start []*entry, sleep time.Duration) {
 			break
 		}
 		bucket.AllowN(now, 1)
+		c.shares.spend(e.key.Namespace, now)
 		e.issuing, e.background = true, background
 		if background {
 			c.background++

@@ -17,6 +17,8 @@
 //     sessions of 1 h. TestRefreshAtHalfLife, TestRefreshLeavesTwentyMinutes, TestCallsOfADay.
 //  6. Errors are remembered with a jittered back-off of 1 s doubling to 60 s, until [Cache.Retry]. A token bucket bounds the
 //     issue calls of the node. Keys that a request waits for go first, then those that expire soonest, then prefetch.
+//     A namespace that has had more than a tenth of the calls goes after the others: whoever may annotate can make new keys
+//     without end. TestChangingKeysStarveNobody.
 //     An issuer that throttles is asked less often, by the whole node. TestPace, TestThrottledKeyStaysFirst, TestThunderingStart.
 //     TestBackOff, TestRememberedError, TestRetry, TestRate, TestAskedKeyComesFirst, TestAskedKeysInOrder, TestHangingIssuesStarveNobody.
 //  7. Memory is bounded by the live keys: a key goes with its last pod. TestEviction, TestSharedKey.

@@ -87,6 +87,7 @@ type entry struct {
 	waitingSince time.Time // of the first of the waiters
 	issuing      bool
 	background   bool          // no request waited when the issue began
+	greedy       bool          // its namespace has had more than its share of issues
 	changed      chan struct{} // closed and replaced when an issue ends
 	err          error         // of the last try, nil after success
 	failures     int           // in a row
@@ -135,7 +136,8 @@ func (e *entry) unavailable() error {
 }
 
 // byUrgency orders keys that are due: those that a request waits for, the longest waiting first; then by expiry, those
-// first that were asked for and have expired or never come; last what nobody has asked for yet.
+// first that were asked for and have expired or never come; last what nobody has asked for yet. Those of greedy namespaces follow,
+// in the same order.
 func byUrgency(a, b *entry) int {
 	if ra, rb := a.rank(), b.rank(); ra != rb {
 		return ra - rb
@@ -147,13 +149,18 @@ func byUrgency(a, b *entry) int {
 }
 
 func (e *entry) rank() int {
+	const ranks = 3
+	rank := 2
 	switch {
 	case e.waiters > 0:
-		return 0
+		rank = 0
 	case e.value != nil || e.asked:
-		return 1
+		rank = 1
 	}
-	return 2
+	if e.greedy {
+		rank += ranks
+	}
+	return rank
 }
 
 func (e *entry) expiry() time.Time {

@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"maps"
 	"math"
 	"time"
 
@@ -55,4 +56,36 @@ func (p *pace) adjust(now time.Time) {
 	if limit == p.full {
 		p.slowed = 0
 	}
+}
+
+// shares tell who has had more than a share of the issue calls lately: the calls of a greedy namespace are for when nobody else needs
+// one. Its owner can make new keys as fast as it changes annotations. A share is a tenth of the full pace, with as much in hand as
+// the node has. The cache's lock guards it.
+type shares struct {
+	limit      rate.Limit
+	burst      int
+	namespaces map[string]*rate.Limiter
+}
+
+func newShares(limit float64) shares {
+	return shares{limit: rate.Limit(limit / 10), burst: int(math.Ceil(limit)), namespaces: make(map[string]*rate.Limiter)}
+}
+
+func (s *shares) greedy(namespace string, now time.Time) bool {
+	l := s.namespaces[namespace]
+	return l != nil && l.TokensAt(now) < 1
+}
+
+func (s *shares) spend(namespace string, now time.Time) {
+	l := s.namespaces[namespace]
+	if l == nil {
+		l = rate.NewLimiter(s.limit, s.burst)
+		s.namespaces[namespace] = l
+	}
+	l.AllowN(now, 1)
+}
+
+// forget drops those that have their whole share again.
+func (s *shares) forget(now time.Time) {
+	maps.DeleteFunc(s.namespaces, func(_ string, l *rate.Limiter) bool { return l.TokensAt(now) >= float64(s.burst) })
 }
