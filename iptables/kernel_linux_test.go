@@ -920,7 +920,7 @@ func TestKernelErrorsNameTheFix(t *testing.T) {
 		}
 		// It fails at the last step: it is not the owner, and repairs nothing that the owner may have put back.
 		dir := t.TempDir()
-		must(t, os.Mkdir(filepath.Join(dir, generationFile+".new"), 0o700))
+		must(t, os.MkdirAll(filepath.Join(dir, generationFile+".new", "x"), 0o700)) // an empty one would be removed
 		r = newRules(t, "nft", Options{Guard: true, StateDir: dir})
 		must(t, r.EnsureGuard(t.Context()))
 		if err := r.EnsureRedirect(t.Context(), targets); err == nil {
