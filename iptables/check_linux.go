@@ -142,14 +142,21 @@ func tableCovers(f family, table uint32) (bool, error) {
 }
 
 func (r *Rules) checkRedirect(ctx context.Context, f family, report report) {
+	own := ""
 	if b, err := probe(ctx, f, commandOf(f, r.kind)); err != nil {
 		report(Error, "iptables", "", "%v", err)
 	} else {
+		own = b.mode
 		report(Info, "iptables", "", "%s uses the back end %s", b.command, b.mode)
 	}
 	found := false
 	for _, b := range backends(ctx, f) {
 		lines, err := b.dump(ctx, "nat")
+		if err != nil && b.mode != own && own != "" { // NET_RAW, which legacy needs, is not for a daemon that uses nft
+			report(Warning, "redirect", fmt.Sprintf("on the node, %s-save -t nat shows them: if one names %s, delete it, or use that back end too (chart: iptables)", b.command, f.endpoint()),
+				"rules of the other back end (%s) cannot be read, and one that takes the endpoint may be asked before ours: %v", b.mode, err)
+			continue
+		}
 		if err != nil {
 			report(Error, "iptables", "", "%v", err)
 			continue

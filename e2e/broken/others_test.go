@@ -90,6 +90,12 @@ var others = map[string]other{
 		fix:     "uninstall kube2iam, kiam or whatever made it, and delete the rule",
 		where:   "page, -check, log",
 	},
+	"other back end": {
+		symptom: "kube2iam's or kiam's rule is in iptables-legacy, beside imdsgate's in nft",
+		says:    "rules of the other back end (legacy) cannot be read, and one that takes the endpoint may be asked before ours",
+		fix:     "on the node, iptables-legacy-save -t nat shows them: if one names 169.254.169.254, delete it, or use that back end too (chart: iptables)",
+		where:   "page, -check",
+	},
 	"no region": {
 		symptom: "no region",
 		says:    "no AWS region is configured and the instance metadata endpoint does not tell one: set the environment variable AWS_REGION",
@@ -368,6 +374,40 @@ func TestForeignRule(t *testing.T) {
 	code, out, err := n.RunDaemon(ctx, lab.DaemonOptions{Flags: []string{"-check"}})
 	if err != nil || code != 1 || !strings.Contains(out, o.says) || !strings.Contains(out, "fix: "+o.fix) || !strings.Contains(html.UnescapeString(page), o.fix) {
 		t.Errorf("-check ends with %d %v: %s", code, err, out)
+	}
+}
+
+// TestOtherBackEnd: without NET_RAW, which the chart gives nft no more than it needs, the legacy back end's rules cannot be read;
+// that they are there is said. With it the rule itself is named.
+func TestOtherBackEnd(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t)
+	n := labtest.Node(t, shared, lab.NodeOptions{})
+	p := labtest.Pod(t, n, lab.PodSpec{ServiceAccount: "cart"})
+	if _, err := n.Run(ctx, "iptables-legacy", "-t", "nat", "-A", "PREROUTING", "-d", "169.254.169.254/32", "-p", "tcp", "--dport", "80",
+		"-j", "DNAT", "--to-destination", n.IP.String()+":8181"); err != nil {
+		t.Fatal(err)
+	}
+	bare := lab.DaemonOptions{Wrap: []string{"setpriv", "--bounding-set", "-net_raw"}}
+	d := labtest.Launch(t, n, bare)
+	if err := d.WaitReady(ctx); err != nil {
+		t.Fatal(err)
+	}
+	o := others["other back end"]
+	page, err := d.Debug(ctx, "/")
+	if err != nil || !strings.Contains(html.UnescapeString(page), o.says) || !strings.Contains(html.UnescapeString(page), o.fix) {
+		t.Errorf("the page: %v %s", err, html.UnescapeString(page))
+	}
+	for _, args := range [][]string{{"-check"}, {"-check", p.Namespace + "/" + p.Name}} {
+		run := bare
+		run.Flags = args
+		if _, out, err := n.RunDaemon(ctx, run); err != nil || !strings.Contains(out, o.says) || !strings.Contains(out, "fix: "+o.fix) {
+			t.Errorf("%v: %v %s", args, err, out)
+		}
+	}
+	code, out, err := n.RunDaemon(ctx, lab.DaemonOptions{Flags: []string{"-check"}})
+	if err != nil || code != 1 || !strings.Contains(out, "a foreign rule (legacy) takes the endpoint: ") {
+		t.Errorf("with NET_RAW -check ends with %d %v: %s", code, err, out)
 	}
 }
 
