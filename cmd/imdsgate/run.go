@@ -19,7 +19,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"golang.org/x/sync/errgroup"
-	"k8s.io/klog/v2"
 
 	"github.com/imdsgate/imdsgate/cache"
 	"github.com/imdsgate/imdsgate/cache/sts"
@@ -84,7 +83,9 @@ func (a app) run(ctx context.Context, args []string, getenv func(string) string)
 	case c.GuardOnly && !c.Guard:
 		return usageError{errors.New("-guard-only has nothing to do with -guard=false: leave one of them out")}
 	}
-	log := newLogger(c, a.stderr)
+	lines := newLineQueue()
+	defer lines.start(ctx, a.stderr, slog.New(newHandler(c, a.stderr)))()
+	log := newLogger(c, lines)
 	if c.GuardOnly { // needs to know neither the node nor its address
 		if err := a.closeEndpoint(ctx, c, log); err != nil {
 			return err
@@ -396,17 +397,6 @@ func cleanup(ctx context.Context, c *Config, stdout io.Writer, log *slog.Logger)
 	}
 	fmt.Fprintln(stdout, "every rule of imdsgate is gone from this node: pods reach the real metadata endpoint again, and the node's own role with it")
 	return nil
-}
-
-func newLogger(c *Config, w io.Writer) *slog.Logger {
-	o := &slog.HandlerOptions{Level: c.LogLevel}
-	var h slog.Handler = slog.NewJSONHandler(w, o)
-	if c.LogFormat == "text" {
-		h = slog.NewTextHandler(w, o)
-	}
-	log := slog.New(h)
-	klog.SetSlogLogger(log.With("component", "client-go"))
-	return log
 }
 
 func newRegistry() *prometheus.Registry {
