@@ -191,7 +191,7 @@ func (s *shown) denials() g.Node {
 				return html.Tr(
 					cell("Who", bold(who), small(source)),
 					cell("Asked for", html.Code(g.Text(d.Path))),
-					cell("Was told", html.Span(html.Class("told"), html.TitleAttr(d.Text), bold(strconv.Itoa(d.Code)), g.Text(" "+d.Text))),
+					cell("Was told", html.Span(html.Class("told"), html.Title(d.Text), bold(strconv.Itoa(d.Code)), g.Text(" "+d.Text))),
 					cell("Last", html.Class("num"), g.Text(s.ago(d.Last)+" ago"), g.If(d.Count > 1, small(fmt.Sprintf("×%d", d.Count)))),
 				)
 			})),
