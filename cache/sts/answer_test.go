@@ -1,7 +1,11 @@
 package sts
 
 import (
+	"bytes"
+	"net/http"
+	"net/http/httptest"
 	"strings"
+	"sync/atomic"
 	"testing"
 )
 
@@ -37,6 +41,36 @@ func TestAnswerOfAnotherSession(t *testing.T) {
 			case !ok && issueError(t, err).Denied:
 				t.Errorf("%s of %q is final", op, arn)
 			}
+		}
+	}
+}
+
+// Whatever answers in STS's place cannot fill the memory, with a success or with an error.
+func TestEndlessAnswer(t *testing.T) {
+	for _, status := range []int{http.StatusOK, http.StatusForbidden, http.StatusInternalServerError} {
+		var sent atomic.Int64
+		endless := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(status)
+			for junk := bytes.Repeat([]byte("<a>"), 1<<10); ; {
+				n, err := w.Write(junk)
+				if err != nil {
+					return
+				}
+				sent.Add(int64(n))
+			}
+		}))
+		environment(t, endless.URL)
+		s, err := New(t.Context(), Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = s.Issue(t.Context(), key)
+		if e := issueError(t, err); e.Denied || !strings.Contains(e.Error(), "something that is not STS answered") {
+			t.Errorf("status %d: %v", status, e)
+		}
+		endless.Close()
+		if n := sent.Load(); n > 64<<20 { // the kernel's buffers take some
+			t.Errorf("status %d: %d bytes were sent", status, n)
 		}
 	}
 }

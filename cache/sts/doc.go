@@ -13,5 +13,5 @@
 //   - The intermediate role is assumed ahead of its expiry, once for all callers, and a failed refresh never discards a
 //     session that is still valid (TestIntermediate and the tests beside it).
 //   - An answer without complete credentials, or of another session than was asked for, is an error, not credentials
-//     (TestIncompleteAnswer, TestAnswerOfAnotherSession).
+//     (TestIncompleteAnswer, TestAnswerOfAnotherSession). No more than 64 KiB of an answer are read (TestEndlessAnswer).
 package sts

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/rand/v2"
+	"net/http"
 	"strings"
 	"sync"
 	"time"
@@ -134,7 +136,7 @@ func New(ctx context.Context, o Options) (*STS, error) {
 				"set the environment variable AWS_REGION to the region whose STS is to be used: %w", err)
 		}
 	}
-	s.client = awssts.NewFromConfig(cfg)
+	s.client = awssts.NewFromConfig(cfg, func(o *awssts.Options) { o.HTTPClient = bounded{o.HTTPClient} })
 	if o.IntermediateRoleARN != "" {
 		name := o.NodeSessionName
 		if name == "" {
@@ -156,6 +158,23 @@ func New(ctx context.Context, o Options) (*STS, error) {
 		}}
 	}
 	return s, nil
+}
+
+// maxAnswer is many times the longest answer of STS, in bytes.
+const maxAnswer = 64 << 10
+
+// bounded keeps whatever answers from filling our memory: the SDK reads all there is.
+type bounded struct{ awssts.HTTPClient }
+
+func (b bounded) Do(r *http.Request) (*http.Response, error) {
+	resp, err := b.HTTPClient.Do(r)
+	if err == nil {
+		resp.Body = struct {
+			io.Reader
+			io.Closer
+		}{io.LimitReader(resp.Body, maxAnswer), resp.Body}
+	}
+	return resp, err
 }
 
 // sdkLogger takes the SDK's own few warnings. ClientLogMode is left off, so no request is ever among them.

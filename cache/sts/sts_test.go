@@ -599,7 +599,7 @@ func TestTimeout(t *testing.T) {
 	s, _ := start(t, Options{Metrics: r}, nil)
 	synctest.Test(t, func(t *testing.T) {
 		s.client = awssts.New(s.client.Options(), func(o *awssts.Options) {
-			o.HTTPClient = o.HTTPClient.(*awshttp.BuildableClient).WithTransportOptions(func(tr *http.Transport) {
+			o.HTTPClient = o.HTTPClient.(bounded).HTTPClient.(*awshttp.BuildableClient).WithTransportOptions(func(tr *http.Transport) {
 				tr.DialContext = func(context.Context, string, string) (net.Conn, error) {
 					ours, theirs := net.Pipe()
 					t.Cleanup(func() { theirs.Close() })
