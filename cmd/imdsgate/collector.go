@@ -14,7 +14,7 @@ const (
 	maxRoom   = 16 << 20
 	between   = 4 * time.Second  // two collections, as far as maxRoom goes
 	calm      = 15 * time.Second // after which room is given back
-	lookEvery = 5 * time.Second  // a scrape's megabyte is no load
+	lookEvery = time.Second
 )
 
 // gcPercentStart is for the start, which leaves much garbage: what lives long then lies close together. It is never less, or a daemon
@@ -25,6 +25,7 @@ const gcPercentStart = 20
 type collector struct {
 	seen    heap
 	at      time.Time
+	wanted  uint64 // room, when it looked last
 	room    uint64
 	needed  time.Time // when all of the room last was
 	percent int
@@ -47,6 +48,7 @@ func (c *collector) look(now time.Time, h heap) (percent int, returned bool) {
 		room = uint64(min(max(rate*between.Seconds(), minRoom), maxRoom))
 	}
 	c.seen, c.at = h, now
+	c.wanted, room = room, max(minRoom, min(room, c.wanted)) // a second alone is no load: somebody asked for the metrics
 	if room >= c.room || now.Sub(c.needed) >= calm {
 		returned = room <= c.room/2
 		c.room, c.needed = room, now

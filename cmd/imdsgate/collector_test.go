@@ -21,10 +21,13 @@ func TestCollectorRoom(t *testing.T) {
 		{0, 100 * mb, 2 * mb, 3 * mb, false}, // the start's garbage is nobody's use
 		{time.Second, mb / 8, 2 * mb, 3 * mb, false},
 		{time.Second, 0, 5 * mb, 6 * mb, false},
+		{time.Second, 3 * mb, 2 * mb, 3 * mb, false}, // a scrape
 		{time.Second, mb, 2 * mb, 6 * mb, false},
+		{time.Second, 5 * mb, 2 * mb, 6 * mb, false},
 		{time.Second, 5 * mb, 2 * mb, 18 * mb, false},
 		{time.Second, 0, 2 * mb, 18 * mb, false},
-		{calm - 2*time.Second, 0, 4 * mb, 20 * mb, false},
+		{calm - 3*time.Second, 26 * mb, 4 * mb, 20 * mb, false},
+		{time.Second, 2 * mb, 4 * mb, 20 * mb, false},
 		{time.Second, 2 * mb, 4 * mb, 12 * mb, true},
 		{time.Second, 0, 4 * mb, 12 * mb, false},
 		{calm - 2*time.Second, 0, 4 * mb, 12 * mb, false},
