@@ -151,6 +151,9 @@ func loadTokenKey(dir string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	if !link.IsDir() { // to open a named pipe would block
+		return nil, errors.New("must be a directory, not a symbolic link or a file of any kind")
+	}
 	root, err := os.OpenRoot(dir)
 	if err != nil {
 		return nil, err
@@ -160,8 +163,8 @@ func loadTokenKey(dir string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if !link.IsDir() || !os.SameFile(link, opened) {
-		return nil, errors.New("must be a directory, not a symbolic link")
+	if !os.SameFile(link, opened) {
+		return nil, errors.New("was replaced while it was opened")
 	}
 	if err := trusted("the directory", opened, noWriteMode); err != nil {
 		return nil, err

@@ -230,9 +230,13 @@ func TestLoadTokenKeyRefuses(t *testing.T) {
 		"directory of a group": func(dir string) string { _ = os.Chmod(dir, 0o770); return dir },
 		"directory is a link":  func(dir string) string { _ = os.Symlink(dir, dir+".link"); return dir + ".link" },
 		"directory is a file":  func(dir string) string { write(dir, 32, 0o600); return filepath.Join(dir, "token.key") },
-		"no such parent":       func(dir string) string { return filepath.Join(dir, "a", "b") },
-		"key readable":         func(dir string) string { write(dir, 32, 0o644); return dir },
-		"short key readable":   func(dir string) string { write(dir, 31, 0o644); return dir },
+		"directory is a named pipe": func(dir string) string {
+			_ = syscall.Mkfifo(dir+"/pipe", 0o600)
+			return dir + "/pipe"
+		},
+		"no such parent":     func(dir string) string { return filepath.Join(dir, "a", "b") },
+		"key readable":       func(dir string) string { write(dir, 32, 0o644); return dir },
+		"short key readable": func(dir string) string { write(dir, 31, 0o644); return dir },
 		"key is a link": func(dir string) string {
 			write(dir, 32, 0o600)
 			_ = os.Rename(dir+"/token.key", dir+"/x")
