@@ -30,18 +30,18 @@ const conformanceTable = "../proxy/testdata/conformance.json"
 // The table's real endpoint is in another region, and its refused pod in another namespace.
 var inTheLab = strings.NewReplacer("eu-test-1", lab.Region, "namespace shop", "namespace closed-")
 
-type conformance struct {
-	Rows []struct {
-		ID, About, Pod, Setting, Request, Then string
-		Answers                                []struct {
-			Status  []int
-			Headers map[string]string
-			Absent  []string
-			Body    string
-		}
-		WithinMS              int `json:"within_ms"`
-		Credentials, Upstream bool
+type conformance struct{ Rows []conformanceRow }
+
+type conformanceRow struct {
+	ID, About, Pod, Setting, Request, Then string
+	Answers                                []struct {
+		Status  []int
+		Headers map[string]string
+		Absent  []string
+		Body    string
 	}
+	WithinMS              int `json:"within_ms"`
+	Credentials, Upstream bool
 }
 
 // conforming is a node with every kind of pod that the table knows.
@@ -81,55 +81,12 @@ func TestLabConformance(t *testing.T) {
 			if c == nil || c.pods[row.Pod] == nil {
 				t.Fatalf("the lab has no setting %q with a pod %q", row.Setting, row.Pod)
 			}
-			fill := c.placeholders(t, row.Pod, row.Request)
-			upstream := len(shared.IMDS.Requests(c.node.Addrs()...))
-			conn, err := c.pods[row.Pod].Dial(labtest.Context(t), "tcp", "169.254.169.254:80")
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer conn.Close()
-			request := latin1(fill(row.Request))
-			start := time.Now()
-			if err := conn.SetDeadline(start.Add(10 * time.Second)); err != nil {
-				t.Fatal(err)
-			}
-			go io.WriteString(conn, request) // may be answered and closed before all of it is read
-			replies := bufio.NewReader(conn)
-			method, _, _ := strings.Cut(request, " ")
-			within := 250 * time.Millisecond
-			if row.WithinMS > 0 {
-				within = time.Duration(row.WithinMS) * time.Millisecond
-			}
-			within += 250 * time.Millisecond // other tests run on the same processors
-			for i, want := range row.Answers {
-				resp, body, err := readReply(replies, method)
-				if err != nil {
-					t.Fatalf("%s: answer %d: %v", row.About, i+1, err)
+			// Other tests run on the same processors, some of the time; what is held is held every time.
+			for attempt := 1; c.try(t, row); attempt++ {
+				if attempt == 3 {
+					t.Errorf("answered late %d times", attempt)
+					break
 				}
-				if elapsed := time.Since(start); elapsed > within {
-					t.Errorf("answered after %v", elapsed)
-				}
-				if !slices.Contains(want.Status, resp.StatusCode) {
-					t.Errorf("%s: status %d, want %v; %s", row.About, resp.StatusCode, want.Status, body)
-				}
-				for name, pattern := range want.Headers {
-					if v := resp.Header.Get(name); !regexp.MustCompile(inTheLab.Replace(pattern)).MatchString(v) {
-						t.Errorf("%s is %q, want %s", name, v, pattern)
-					}
-				}
-				for _, name := range want.Absent {
-					if resp.Header.Get(name) != "" {
-						t.Errorf("%s is there", name)
-					}
-				}
-				if !regexp.MustCompile(inTheLab.Replace(fill(want.Body))).MatchString(body) {
-					t.Errorf("the body is %q, want %s", body, want.Body)
-				}
-				c.checkAnswer(t, resp, body, row.Pod, row.Credentials)
-			}
-			checkThen(t, conn, replies, row.Then)
-			if n := len(shared.IMDS.Requests(c.node.Addrs()...)) - upstream; n > 0 && !row.Upstream {
-				t.Errorf("the real endpoint has seen %d requests", n)
 			}
 		})
 	}
@@ -139,6 +96,60 @@ func TestLabConformance(t *testing.T) {
 			t.Errorf("setting %q: %v", setting, err)
 		}
 	}
+}
+
+// try sends a row's request and checks the answers. It reports whether they came late.
+func (c *conforming) try(t *testing.T, row conformanceRow) (late bool) {
+	t.Helper()
+	fill := c.placeholders(t, row.Pod, row.Request)
+	upstream := len(shared.IMDS.Requests(c.node.Addrs()...))
+	conn, err := c.pods[row.Pod].Dial(labtest.Context(t), "tcp", "169.254.169.254:80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	request := latin1(fill(row.Request))
+	start := time.Now()
+	if err := conn.SetDeadline(start.Add(10 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	go io.WriteString(conn, request) // may be answered and closed before all of it is read
+	replies := bufio.NewReader(conn)
+	method, _, _ := strings.Cut(request, " ")
+	within := 250 * time.Millisecond
+	if row.WithinMS > 0 {
+		within = time.Duration(row.WithinMS) * time.Millisecond
+	}
+	within += 250 * time.Millisecond // other tests run on the same processors
+	for i, want := range row.Answers {
+		resp, body, err := readReply(replies, method)
+		if err != nil {
+			t.Fatalf("%s: answer %d: %v", row.About, i+1, err)
+		}
+		late = late || time.Since(start) > within
+		if !slices.Contains(want.Status, resp.StatusCode) {
+			t.Errorf("%s: status %d, want %v; %s", row.About, resp.StatusCode, want.Status, body)
+		}
+		for name, pattern := range want.Headers {
+			if v := resp.Header.Get(name); !regexp.MustCompile(inTheLab.Replace(pattern)).MatchString(v) {
+				t.Errorf("%s is %q, want %s", name, v, pattern)
+			}
+		}
+		for _, name := range want.Absent {
+			if resp.Header.Get(name) != "" {
+				t.Errorf("%s is there", name)
+			}
+		}
+		if !regexp.MustCompile(inTheLab.Replace(fill(want.Body))).MatchString(body) {
+			t.Errorf("the body is %q, want %s", body, want.Body)
+		}
+		c.checkAnswer(t, resp, body, row.Pod, row.Credentials)
+	}
+	checkThen(t, conn, replies, row.Then)
+	if n := len(shared.IMDS.Requests(c.node.Addrs()...)) - upstream; n > 0 && !row.Upstream {
+		t.Errorf("the real endpoint has seen %d requests", n)
+	}
+	return late
 }
 
 func newConforming(t *testing.T, flags ...string) *conforming {
@@ -205,18 +216,17 @@ func newConforming(t *testing.T, flags ...string) *conforming {
 	labtest.Daemon(t, n, flags...)
 	add("incomplete", hidden, arn("team/my-role"), lab.PodSpec{})
 	for _, name := range []string{"role", "other", "special"} {
-		eventually(t, func() error {
-			_, doc, err := credentials(ctx, c.pods[name])
-			if err == nil {
-				err = owned(n, doc, c.roles[name])
-			}
-			return err
-		})
+		served(t, n, c.pods[name], c.roles[name])
 	}
 	// STS's refusal is remembered from here on.
-	if status, body, err := ask(ctx, c.pods["sts-denied"], http.MethodGet, endpoint+roleList, map[string]string{"X-Aws-Ec2-Metadata-Token": token(t, c.pods["sts-denied"])}); err != nil || status != 403 {
-		t.Fatalf("STS refuses the role, the answer is %d %v: %s", status, err, body)
-	}
+	session := map[string]string{"X-Aws-Ec2-Metadata-Token": token(t, c.pods["sts-denied"])}
+	eventually(t, func() error {
+		status, body, err := ask(ctx, c.pods["sts-denied"], http.MethodGet, endpoint+roleList, session)
+		if err == nil && status != 403 {
+			err = fmt.Errorf("STS refuses the role, the answer is %d: %s", status, body)
+		}
+		return err
+	})
 	status, body, err := ask(ctx, c.pods["role"], http.MethodPut, endpoint+tokenPath, map[string]string{"X-Aws-Ec2-Metadata-Token-Ttl-Seconds": "1"})
 	if err != nil || status != 200 {
 		t.Fatalf("token for a second: %d %v", status, err)

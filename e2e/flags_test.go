@@ -119,13 +119,7 @@ func TestLabSessions(t *testing.T) {
 			}
 			labtest.Daemon(t, n, c.flags...)
 			p := labtest.Pod(t, n, lab.PodSpec{Namespace: namespace, ServiceAccount: "app", Annotations: c.pod})
-			var doc document
-			eventually(t, func() (err error) {
-				if _, doc, err = credentials(ctx, p); err == nil {
-					err = owned(n, doc, c.role)
-				}
-				return err
-			})
+			doc := served(t, n, p, c.role)
 			owner, _ := n.AWS.Owner(doc.AccessKeyId)
 			session := namespace + ".app@" + n.Name
 			if c.session != "" {
@@ -155,9 +149,7 @@ func TestLabEndpoints(t *testing.T) {
 	shop := shared.Unique("shop")
 	role := serviceAccount(t, n, shop, "cart", "cart")
 	p := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart"})
-	if _, doc, err := credentials(ctx, p); err != nil || owned(n, doc, role) != nil {
-		t.Fatal(err)
-	}
+	served(t, n, p, role)
 	for _, e := range []string{endpoint, endpoint6} {
 		for path, want := range map[string]string{
 			roleList:                               "200 cart",

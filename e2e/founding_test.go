@@ -47,10 +47,7 @@ func TestLabWebIdentity(t *testing.T) {
 func keepsSecrets(t *testing.T, d *lab.Daemon, p *lab.Pod, role string) {
 	t.Helper()
 	ctx := labtest.Context(t)
-	_, doc, err := credentials(ctx, p)
-	if err != nil {
-		t.Fatal(err)
-	}
+	doc := served(t, d.Node, p, role)
 	line, err := d.Log().Wait(ctx, "session issued", doc.AccessKeyId)
 	if err != nil {
 		t.Fatal(err)
@@ -91,10 +88,8 @@ func TestLabAssumeRole(t *testing.T) {
 	with := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart"})
 	without := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "visitor"})
 
-	status, refusal := get(t, with, roleList)
-	if status != 403 {
-		t.Fatalf("before the namespace consents the answer is %d %s", status, refusal)
-	}
+	eventually(t, func() error { return wantStatus(with, roleList, 403) }) // before the namespace consents
+	_, refusal := get(t, with, roleList)
 	event, err := with.WaitEvent(ctx, "RoleDenied")
 	if err != nil {
 		t.Fatal(err)
@@ -191,31 +186,36 @@ func listsNothing(t *testing.T, n *lab.Node, p *lab.Pod) {
 	needCLI(t)
 	ctx := labtest.Context(t)
 	before := len(n.AWS.Calls())
-	start := time.Now()
-	status, text := get(t, p, roleList)
-	if elapsed := time.Since(start); status != 404 || elapsed > 1500*time.Millisecond {
-		t.Errorf("without a role the answer is %d after %v: %s", status, elapsed, text)
-	}
+	soon(t, "an answer without a role", 1500*time.Millisecond, func() { eventually(t, func() error { return wantStatus(p, roleList, 404) }) })
+	_, text := get(t, p, roleList)
 	if !strings.Contains(text, roleAnnotation) {
 		t.Errorf("the answer does not say what is missing: %s", text)
 	}
 	for _, args := range [][]string{{"s3", "ls"}, {"iam", "list-groups"}} {
-		// What the CLI needs to start, python and its modules, is not the endpoint's time.
-		start := time.Now()
-		if out, err := p.Command(ctx, awsCLI, "--version").CombinedOutput(); err != nil {
-			t.Fatalf("aws --version: %v: %s", err, out)
+		run := func(env ...string) time.Duration {
+			t.Helper()
+			cmd := p.Command(ctx, awsCLI, args...)
+			cmd.Env = append(cmd.Env, env...)
+			start := time.Now()
+			out, err := cmd.CombinedOutput()
+			if _, ok := err.(*exec.ExitError); !ok || !strings.Contains(string(out), "Unable to locate credentials") {
+				t.Errorf("aws %v without a role: %v: %s", args, err, out)
+			}
+			return time.Since(start)
 		}
-		base := time.Since(start)
-		start = time.Now()
-		out, err := p.Command(ctx, awsCLI, args...).CombinedOutput()
-		elapsed := time.Since(start)
-		if _, ok := err.(*exec.ExitError); !ok || !strings.Contains(string(out), "Unable to locate credentials") {
-			t.Errorf("aws %v without a role: %v: %s", args, err, out)
+		// What the CLI needs beside the endpoint, it needs without asking it too; more on a machine that is busy at the moment.
+		for attempt := 1; ; attempt++ {
+			base := run("AWS_EC2_METADATA_DISABLED=true")
+			elapsed := run()
+			t.Logf("aws %v: no credentials after %v, %v without asking", args, elapsed.Round(time.Millisecond), base.Round(time.Millisecond))
+			if elapsed-base <= 1500*time.Millisecond {
+				break
+			}
+			if attempt == 3 {
+				t.Errorf("aws %v takes %v to find that there are no credentials, %v when it does not ask", args, elapsed, base)
+				break
+			}
 		}
-		if elapsed-base > 1500*time.Millisecond {
-			t.Errorf("aws %v takes %v to find that there are no credentials, of it %v to start", args, elapsed, base)
-		}
-		t.Logf("aws %v: no credentials after %v; aws --version takes %v", args, elapsed.Round(time.Millisecond), base.Round(time.Millisecond))
 	}
 	if after := len(n.AWS.Calls()); after != before {
 		t.Errorf("AWS was called %d times", after-before)

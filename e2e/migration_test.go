@@ -70,13 +70,7 @@ func TestLabFromOldDaemon(t *testing.T) {
 
 			d := labtest.Daemon(t, n, c.flags...)
 			p.HTTP().CloseIdleConnections()
-			_, doc, err := credentials(ctx, p)
-			if err == nil {
-				err = owned(n, doc, base+c.role)
-			}
-			if err != nil {
-				t.Errorf("beside the old daemon: %v", err)
-			}
+			served(t, n, p, base+c.role) // beside the old daemon
 			for _, spelling := range c.spellings {
 				if err := wantStatus(p, roleList+spelling, http.StatusOK); err != nil {
 					t.Error(err)

@@ -20,19 +20,11 @@ func TestLabRestartWithoutSTSAndAPIServer(t *testing.T) {
 	d := labtest.Daemon(t, n, "-issuer", "web-identity")
 	shop := shared.Unique("shop")
 	role := serviceAccount(t, n, shop, "cart", "cart")
-	serviceAccount(t, n, shop, "till", "till")
+	tills := serviceAccount(t, n, shop, "till", "till")
 	cart := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart"})
 	till := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "till"})
-	_, had, err := credentials(ctx, cart)
-	if err == nil {
-		err = owned(n, had, role)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, _, err := credentials(ctx, till); err != nil {
-		t.Fatal(err)
-	}
+	had := served(t, n, cart, role)
+	served(t, n, till, tills)
 	eventually(t, func() error { return filesOfSessions(n, 2) })
 	d.Kill()
 	if err := shared.ServiceAccount(ctx, shop, "till", nil); err != nil { // while nobody looks, it loses its role
@@ -52,7 +44,7 @@ func TestLabRestartWithoutSTSAndAPIServer(t *testing.T) {
 		}
 	}()
 
-	d, err = d.Again(ctx)
+	d, err := d.Again(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}

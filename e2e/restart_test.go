@@ -24,20 +24,8 @@ func TestLabRestartWithoutSTS(t *testing.T) {
 	lost := serviceAccount(t, n, shop, "till", "till")
 	cart := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart"})
 	till := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "till"})
-	_, had, err := credentials(ctx, cart)
-	if err == nil {
-		err = owned(n, had, role)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, tills, err := credentials(ctx, till)
-	if err == nil {
-		err = owned(n, tills, lost)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	had := served(t, n, cart, role)
+	served(t, n, till, lost)
 	kept := filepath.Join(n.Dir(), "run", "imdsgate", "credentials")
 	files := func(want int) error {
 		found, err := filepath.Glob(filepath.Join(kept, "*.json"))
@@ -60,7 +48,8 @@ func TestLabRestartWithoutSTS(t *testing.T) {
 	if err := shared.ServiceAccount(ctx, shop, "till", nil); err != nil {
 		t.Fatal(err)
 	}
-	if d, err = d.Again(ctx); err == nil {
+	d, err := d.Again(ctx)
+	if err == nil {
 		err = d.WaitReady(ctx)
 	}
 	if err != nil {

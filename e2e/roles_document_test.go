@@ -70,20 +70,15 @@ func TestLabRolesDocument(t *testing.T) {
 			}
 			labtest.Daemon(t, n, c.flags...)
 			cart := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart"})
-			_, d, err := credentials(ctx, cart)
-			if err == nil {
-				err = owned(n, d, c.role)
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
+			served(t, n, cart, c.role)
 			// Where the trust policy cannot tell service accounts apart, the namespace's annotation is what does.
 			if heading == "assume-role" || c.hop {
 				return
 			}
 			till := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "till"})
-			if status, body := get(t, till, roleList); status != http.StatusForbidden || !strings.Contains(body, "AccessDenied") {
-				t.Errorf("another service account is answered %d: %s", status, body)
+			eventually(t, func() error { return wantStatus(till, roleList, http.StatusForbidden) })
+			if _, body := get(t, till, roleList); !strings.Contains(body, "AccessDenied") {
+				t.Errorf("another service account is answered %s", body)
 			}
 		})
 	}

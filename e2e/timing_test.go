@@ -30,37 +30,38 @@ func TestLabFirstRequest(t *testing.T) {
 	labtest.Daemon(t, n, "-issuer", "web-identity")
 	shop := shared.Unique("shop")
 	role := serviceAccount(t, n, shop, "cart", "cart")
-	p := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart", Pending: true})
-
-	reported := make(chan error, 1)
-	time.AfterFunc(300*time.Millisecond, func() { reported <- p.SetRunning(ctx) })
-	start := time.Now()
-	status, body := get(t, p, roleList)
-	elapsed := time.Since(start)
-	if err := <-reported; err != nil {
-		t.Fatal(err)
-	}
-	if status != 200 || body != "cart" {
-		t.Errorf("the first request is answered %d %s after %v", status, body, elapsed)
-	}
-	if elapsed < 290*time.Millisecond {
-		t.Errorf("it was answered after %v, before the pod had an IP", elapsed)
-	}
-	_, d, err := credentials(ctx, p)
-	if err == nil {
-		err = owned(n, d, role)
-	}
-	if err != nil {
-		t.Error(err)
+	for attempt := 1; ; attempt++ { // a busy machine may need the rest of the hold for the report
+		p := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart", Pending: true})
+		reported := make(chan error, 1)
+		start := time.Now()
+		time.AfterFunc(300*time.Millisecond, func() { reported <- p.SetRunning(ctx) })
+		status, body := get(t, p, roleList)
+		elapsed := time.Since(start)
+		if err := <-reported; err != nil {
+			t.Fatal(err)
+		}
+		if status == 503 && elapsed >= hold && attempt < 3 {
+			continue
+		}
+		if status != 200 || body != "cart" {
+			t.Errorf("the first request is answered %d %s after %v", status, body, elapsed)
+		}
+		if elapsed < 290*time.Millisecond {
+			t.Errorf("it was answered after %v, before the pod had an IP", elapsed)
+		}
+		served(t, n, p, role)
+		break
 	}
 
 	// One whose IP never appears is told to come again, within the hold.
 	never := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart", Pending: true})
-	start = time.Now()
-	status, body = get(t, never, roleList)
-	if elapsed := time.Since(start); status != 503 || elapsed < hold-50*time.Millisecond || elapsed > hold+250*time.Millisecond {
-		t.Errorf("without an IP the answer is %d %s after %v", status, body, elapsed)
-	}
+	soon(t, "an answer without an IP", hold+250*time.Millisecond, func() {
+		start := time.Now()
+		status, body := get(t, never, roleList)
+		if elapsed := time.Since(start); status != 503 || elapsed < hold-50*time.Millisecond {
+			t.Errorf("without an IP the answer is %d %s after %v", status, body, elapsed)
+		}
+	})
 }
 
 // A hundred first requests at once, held for one STS call.
@@ -146,8 +147,8 @@ func team(t *testing.T, n *lab.Node, pods, connected int) (all []*lab.Pod, roles
 func TestLabRefreshTogether(t *testing.T) {
 	t.Parallel()
 	const keys, asking = 200, 10
-	// Served until 80 s after the issue, due after 63 s to 77 s.
-	const length = 140 * time.Second
+	// Served until 96 s after the issue, due after 70 s to 86 s.
+	const length = 156 * time.Second
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	n := labtest.Node(t, shared, lab.NodeOptions{IPv4Only: true})
@@ -239,21 +240,16 @@ func TestLabRefreshTogether(t *testing.T) {
 func TestLabAskedForComesFirst(t *testing.T) {
 	t.Parallel()
 	const keys, asking = 200, 5
-	ctx := labtest.Context(t)
 	n := labtest.Node(t, shared, lab.NodeOptions{IPv4Only: true})
 	pods, roles := team(t, n, keys, asking)
 	labtest.Daemon(t, n, "-issuer", "web-identity", "-sts-rate", "10")
 	for i, p := range pods[:asking] {
-		start := time.Now()
-		eventually(t, func() error { // one 503 with Retry-After is a busy machine's right
-			_, doc, err := credentials(ctx, p)
-			if err == nil {
-				err = owned(n, doc, roles[i])
-			}
-			return err
-		})
-		if elapsed := time.Since(start); elapsed > 2*time.Second {
-			t.Errorf("an asked-for session took %v", elapsed)
+		before := len(issued(n))
+		served(t, n, p, roles[i])
+		// Two seconds of calls, whatever a second is on this machine.
+		at := slices.IndexFunc(issued(n), func(c aws.Call) bool { return c.RoleARN == roles[i] })
+		if at < 0 || at > before+20 {
+			t.Errorf("an asked-for session was the %d. call, the first after it was asked for the %d.", at+1, before+1)
 		}
 	}
 	if calls := len(issued(n)); calls > keys/2 {
