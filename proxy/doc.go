@@ -52,7 +52,7 @@
 //   - When all are in use, a source IP that has fewer than another gets one of the greediest's: the one that was answered
 //     the longest ago. So every pod gets its share, however many others want everything, and nobody is reset while there is
 //     room. (TestConnectionsInAll, TestConnectionsOfManyGreedy)
-//   - A second of the daemon's time in each second, with 50 ms in hand. An answer is charged 75 µs, a session token or a
+//   - A second of the daemon's time in each second, with 10 ms in hand. An answer is charged 75 µs, a session token or a
 //     connection 100 µs, a refusal or a connection without an answer 500 µs. Who has used it up waits for the next request of
 //     each connection to be read, 300 ms at most: a load test of 13,000 requests a second does not notice, a loop of refusals
 //     costs the daemon little, and a client that was told to close would only cost more. Who owes the whole 300 ms gets no new

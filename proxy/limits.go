@@ -108,7 +108,7 @@ const (
 	costToken   = 100 * time.Microsecond // the PUT
 	costConn    = 100 * time.Microsecond
 	costRefusal = 500 * time.Microsecond
-	credit      = 50 * time.Millisecond  // what may be used at once: the others wait for as long
+	credit      = 10 * time.Millisecond  // what may be used at once: the others wait for as long
 	maxWait     = 300 * time.Millisecond // more than all connections of a source are worth, below a client's patience
 )
 
