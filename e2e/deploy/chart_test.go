@@ -268,7 +268,8 @@ func TestUpdateStrategy(t *testing.T) {
 func TestRefusals(t *testing.T) {
 	for _, c := range []struct{ set, want string }{
 		{"image.repository=", "image.repository is required"},
-		{"image.repository=x:1.0", "/image/repository"},
+		{"image.repository=x:1.0", "its tag is image.tag"},
+		{"image.repository=x@sha256:0", "its digest image.digest"},
 		{"imag.repository=x", "additional properties 'imag'"},
 		{"flags.isuer=web-identity", "additional properties 'isuer'"},
 		{"flags.issuer=webidentity", "/flags/issuer"},
@@ -285,7 +286,10 @@ func TestRefusals(t *testing.T) {
 		{"flags.issuer=web-identity,flags.audiences={a b}", "must not hold"},
 		{"flags.issuer=web-identity,tokenPolicy.enabled=false", "tokenPolicy.acknowledgeUnconfinedTokens"},
 		{"tokenPolicy.maxExpirationSeconds=90000", "maxExpirationSeconds"},
-		{"startupTaint=a=b:NoSchedule", "/startupTaint"},
+		{"startupTaint=a=b:NoSchedule", "the key alone, such as imdsgate.dev/not-ready"},
+		{"startupTaint=a b", "the key alone"},
+		{"flags.base-role-arn=reporting", "must be auto, or what short role names are completed with"},
+		{"flags.intermediate-role-arn=arn:aws:iam::123456789012:role", "flags.intermediate-role-arn"},
 		{"flags.ops-addr=:8254", "pod-facing"},
 		{"flags.debug-addr=127.0.0.1:8255", "pod-facing"},
 		{"flags.debug-addr=,flags.pprof=true", "flags.pprof needs"},

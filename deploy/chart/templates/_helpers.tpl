@@ -30,6 +30,11 @@ system:serviceaccount:{{ .Release.Namespace }}:{{ include "imdsgate.serviceAccou
 {{- $v := .Values -}}
 {{- $f := $v.flags -}}
 {{- if not $v.image.repository }}{{ fail "image.repository is required: build the image with the Dockerfile, push it to your registry and name it here" }}{{ end }}
+{{- /* In words, where a schema's pattern would be all that people see. */ -}}
+{{- if not (regexMatch "^([^:@\\s]|:[0-9]+/)*$" $v.image.repository) }}{{ fail (printf "image.repository %q: the name alone; its tag is image.tag, its digest image.digest" $v.image.repository) }}{{ end }}
+{{- if not (regexMatch "^(auto|arn:[a-z-]+:iam:[^:]*:[^:]*:role(/.*)?)?$" (index $f "base-role-arn")) }}{{ fail (printf "flags.base-role-arn %q: must be auto, or what short role names are completed with, such as arn:aws:iam::123456789012:role/" (index $f "base-role-arn")) }}{{ end }}
+{{- if not (regexMatch "^(arn:[a-z-]+:iam:[^:]*:[^:]*:role/.+)?$" (index $f "intermediate-role-arn")) }}{{ fail (printf "flags.intermediate-role-arn %q: must be the ARN of a role, such as arn:aws:iam::123456789012:role/hop" (index $f "intermediate-role-arn")) }}{{ end }}
+{{- if not (regexMatch "^((([a-z0-9]([-a-z0-9]*[a-z0-9])?\\.)*[a-z0-9]([-a-z0-9]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$" $v.startupTaint) }}{{ fail (printf "startupTaint %q: the key alone, such as imdsgate.dev/not-ready, without value and effect" $v.startupTaint) }}{{ end }}
 {{- if eq $f.issuer "web-identity" }}
   {{- range $name := list "default-role" "intermediate-role-arn" "session-tags" }}
     {{- if index $f $name }}{{ fail (printf "flags.%s does nothing with flags.issuer web-identity: the service account's own token assumes its role; leave it out" $name) }}{{ end }}
