@@ -24,7 +24,8 @@ RUN [ -e /debs/ca-certificates_*.deb ] || { mkdir -p /debs/partial && cd /debs &
       echo "APT::Architecture $TARGETARCH; APT::Architectures $TARGETARCH; Dir::State::status /none; Dir::Cache::archives /debs;" >/apt.conf && export APT_CONFIG=/apt.conf && \
       apt-get update && apt-get install -y --no-install-recommends --download-only iptables && apt-get download ca-certificates; }
 
-# Both back ends of iptables, their extensions and libraries; CA certificates. No shell. Their licences must go with them, and scanners
+# Both back ends of iptables under their own names, by which a cleanup and -check find the one that is not in use, their extensions
+# and libraries; CA certificates. No shell. Their licences must go with them, and scanners
 # find packages by their control files.
 FROM debian AS rootfs
 RUN set -eu; mkdir -p /rootfs/usr/lib /rootfs/usr/lib64 /rootfs/etc/ssl/certs /rootfs/var/lib/dpkg/status.d; cd /rootfs; ln -s usr/lib usr/lib64 .; \
@@ -33,7 +34,7 @@ RUN set -eu; mkdir -p /rootfs/usr/lib /rootfs/usr/lib64 /rootfs/etc/ssl/certs /r
       dpkg-deb --field "$deb" >"var/lib/dpkg/status.d/$(dpkg-deb --field "$deb" Package)"; \
     done; \
     cat usr/share/ca-certificates/mozilla/*.crt >etc/ssl/certs/ca-certificates.crt; \
-    rm -r usr/bin usr/lib/*/gconv; find usr/sbin -mindepth 1 ! -name 'xtables-*-multi' -delete; \
+    rm -r usr/bin usr/lib/*/gconv; find usr/sbin -mindepth 1 ! -name 'xtables-*-multi' ! -name 'ip*tables-nft*' ! -name 'ip*tables-legacy*' -delete; \
     find usr/share -type f ! -path '*/doc/*/copyright' -delete; find usr/share -xtype l -delete; find usr/share -type d -empty -delete; \
     cp -r /usr/share/common-licenses usr/share; cp /usr/lib/os-release usr/lib; ln -s ../usr/lib/os-release etc
 # Links of our own to the back ends: a wrapper that finds one by looking at the node's rules cannot keep its choice on a read-only

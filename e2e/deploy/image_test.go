@@ -72,6 +72,10 @@ func testImage(t *testing.T, arch string, machine elf.Machine) {
 				if !strings.Contains(out, word) || !strings.Contains(out, name+suffix) {
 					t.Errorf("%s%s of %s is %q", name, suffix, mode, out)
 				}
+				// Whichever PATH offers, a cleanup finds both by these names.
+				if out := im.run(t, "/usr/sbin/"+name+"-"+mode+suffix, "--version"); !strings.Contains(out, word) {
+					t.Errorf("%s-%s%s is %q", name, mode, suffix, out)
+				}
 			}
 		}
 	}
