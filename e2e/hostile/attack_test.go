@@ -23,8 +23,9 @@ import (
 
 // What a test tells the process that it starts in a pod.
 const (
-	attackVariable  = "HOSTILE_ATTACK"
-	machineVariable = "HOSTILE_MACHINE" // the network namespace that must not be the process's own
+	attackVariable    = "HOSTILE_ATTACK"
+	machineVariable   = "HOSTILE_MACHINE"   // the network namespace that must not be the process's own
+	bystanderVariable = "HOSTILE_BYSTANDER" // address of a server on the node that nobody attacks
 )
 
 // attacks are loops, each on its own connection, that end when the process does.
@@ -123,45 +124,61 @@ func attackMain(kind string) int {
 
 // sample is one request of an innocent pod.
 type sample struct {
-	At   int64 // Unix nanoseconds
-	Took time.Duration
-	Err  string
+	Bystander bool  // it was asked, not the endpoint
+	At        int64 // Unix nanoseconds
+	Took      time.Duration
+	Err       string
 }
 
-// measure asks for the role list once a millisecond, every second time on a new connection, and writes down how that went. It
+// measure asks the endpoint for the role list, and the bystander after it, once a millisecond, and writes down how that went. It
 // ends after a minute, or when nobody reads.
 func measure() {
 	out := json.NewEncoder(os.Stdout)
-	var kept net.Conn
+	servers := []*asked{{address: endpoint}, {address: os.Getenv(bystanderVariable), bystander: true}}
 	tick := time.NewTicker(time.Millisecond)
-	end := time.Now().Add(time.Minute)
-	for n := 0; time.Now().Before(end); n++ {
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); {
 		<-tick.C
-		start := time.Now()
-		c, err := kept, error(nil)
-		if c == nil || n%2 == 0 {
-			c, err = net.DialTimeout("tcp", endpoint, 2*time.Second)
-		}
-		if err == nil {
-			_ = c.SetDeadline(time.Now().Add(2 * time.Second))
-			err = exchange(c, get(list+"/"))
-		}
-		m := sample{At: start.UnixNano(), Took: time.Since(start)}
-		if err != nil {
-			m.Err = err.Error()
-			if c == kept {
-				kept = nil
+		for _, s := range servers {
+			if out.Encode(s.ask()) != nil {
+				return
 			}
 		}
-		if kept == nil && err == nil {
-			kept = c
-		} else if c != nil && c != kept {
-			_ = c.Close()
-		}
-		if out.Encode(m) != nil {
-			return
+	}
+}
+
+// asked is a server as an innocent pod sees it.
+type asked struct {
+	address   string
+	bystander bool
+	kept      net.Conn
+	n         int
+}
+
+// ask asks once, every second time on a new connection.
+func (s *asked) ask() sample {
+	start := time.Now()
+	c, err := s.kept, error(nil)
+	if c == nil || s.n%2 == 0 {
+		c, err = net.DialTimeout("tcp", s.address, 2*time.Second)
+	}
+	s.n++
+	if err == nil {
+		_ = c.SetDeadline(time.Now().Add(2 * time.Second))
+		err = exchange(c, get(list+"/"))
+	}
+	m := sample{Bystander: s.bystander, At: start.UnixNano(), Took: time.Since(start)}
+	if err != nil {
+		m.Err = err.Error()
+		if c == s.kept {
+			s.kept = nil
 		}
 	}
+	if s.kept == nil && err == nil {
+		s.kept = c
+	} else if c != nil && c != s.kept {
+		_ = c.Close()
+	}
+	return m
 }
 
 // inPod is the process of this test binary in the pod.
@@ -208,12 +225,13 @@ func pause(t testing.TB, cmd *exec.Cmd, sig syscall.Signal) {
 	}
 }
 
-// watch lets an innocent pod measure until stop is called, which returns the samples.
-func watch(t testing.TB, p *lab.Pod) (stop func() []sample) {
+// watch lets an innocent pod measure the endpoint and the bystander until stop is called, which returns the samples.
+func watch(t testing.TB, p *lab.Pod, bystander string) (stop func() []sample) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	t.Cleanup(cancel)
 	cmd := inPod(ctx, t, p, "measure", 0)
+	cmd.Env = append(cmd.Env, bystanderVariable+"="+bystander)
 	var out bytes.Buffer
 	cmd.Stdout = &out
 	if err := cmd.Start(); err != nil {

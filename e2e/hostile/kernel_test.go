@@ -42,6 +42,18 @@ func tryDial(t testing.TB, p *lab.Pod, to string) net.Conn {
 	return c
 }
 
+// mustDial is tryDial for what must be there, on a machine as busy as it may be.
+func mustDial(t testing.TB, p *lab.Pod, to string) (c net.Conn) {
+	t.Helper()
+	eventually(t, func() error {
+		if c = tryDial(t, p, to); c == nil {
+			return fmt.Errorf("%s does not answer", to)
+		}
+		return nil
+	})
+	return c
+}
+
 // in runs a command in a pod.
 func in(t testing.TB, p *lab.Pod, name string, args ...string) string {
 	t.Helper()
@@ -83,10 +95,7 @@ func TestHostileDirectPorts(t *testing.T) {
 	}
 	refused("plainly")
 	// A connection that is redirected makes an entry in the node's conntrack; the same port of the pod's is no way in.
-	c := tryDial(t, s.mallory, endpoint)
-	if c == nil {
-		t.Fatal("the endpoint does not answer")
-	}
+	c := mustDial(t, s.mallory, endpoint)
 	local := c.LocalAddr().(*net.TCPAddr).Port
 	err := s.mallory.Net.Do(func() error {
 		d := net.Dialer{Timeout: impatient, Control: reuse, LocalAddr: &net.TCPAddr{Port: local, IP: s.mallory.IPs[0].AsSlice()}}
@@ -193,9 +202,7 @@ func TestHostileOperatorPorts(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer ln.Close()
-	if tryDial(t, s.mallory, "127.0.0.1:7777") == nil {
-		t.Fatal("the node does not route its loopback to pods: the rest would prove nothing")
-	}
+	mustDial(t, s.mallory, "127.0.0.1:7777") // the node routes its loopback to pods: otherwise the rest would prove nothing
 	for _, path := range []string{"/", "/debug/pods", "/debug/pprof/heap"} {
 		if c := tryDial(t, s.mallory, "127.0.0.1:9182"); c != nil {
 			fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: 127.0.0.1:9182\r\nConnection: close\r\n\r\n", path)
@@ -467,18 +474,15 @@ func TestHostileKeptAlive(t *testing.T) {
 	ctx := labtest.Context(t)
 	s := newStage(t, lab.NodeOptions{IPv4Only: true})
 	request := "GET " + list + "/" + v1 + host + "\r\n"
-	c := tryDial(t, s.mallory, endpoint)
-	if c == nil {
-		t.Fatal("the endpoint does not answer")
-	}
-	answers := func() string {
-		_ = c.SetDeadline(time.Now().Add(impatient))
+	c := mustDial(t, s.mallory, endpoint)
+	answers := func(patience time.Duration) string {
+		_ = c.SetDeadline(time.Now().Add(patience))
 		_, _ = io.WriteString(c, request)
 		b := make([]byte, 8<<10)
 		n, _ := c.Read(b)
 		return string(b[:n])
 	}
-	if got := answers(); !strings.HasSuffix(got, "mallory-role") {
+	if got := answers(10 * time.Second); !strings.HasSuffix(got, "mallory-role") {
 		t.Fatalf("over its connection the pod is answered %q", got)
 	}
 	if err := s.mallory.Delete(ctx); err != nil {
@@ -497,7 +501,7 @@ func TestHostileKeptAlive(t *testing.T) {
 	heir := labtest.Pod(t, s.Node, lab.PodSpec{Namespace: s.namespace, ServiceAccount: "heir", Detached: true, IP: free})
 	s.roles[heir] = arn
 	for range 3 {
-		if got := answers(); strings.Contains(got, "heir-role") || accessKeys.MatchString(got) {
+		if got := answers(impatient); strings.Contains(got, "heir-role") || accessKeys.MatchString(got) {
 			t.Fatalf("the first holder of the address is answered %q", got)
 		}
 	}
@@ -607,10 +611,7 @@ func TestHostileApplication(t *testing.T) {
 	defer app.Close()
 	through := func(raw string) string {
 		t.Helper()
-		c := tryDial(t, s.victim, at(p.IPs[0], 8080))
-		if c == nil {
-			t.Fatal("the application does not answer")
-		}
+		c := mustDial(t, s.victim, at(p.IPs[0], 8080))
 		_, _ = io.WriteString(c, raw)
 		answer, err := io.ReadAll(c)
 		if err != nil || len(answer) == 0 {
