@@ -55,9 +55,16 @@ func TestScenarioReader(t *testing.T) {
 			t.Errorf("pod %s was replaced or restarted", name)
 		}
 	}
-	for node := 1; node <= 2; node++ {
-		s.kubectl("label", "node", nodeName(node), "imdsgate-")
+	r.types("docs/migration.md", "kubectl debug node/<node>", "<node>", nodeName(1), "<tag>", "dev")
+	for strings.Contains(s.onNode(1, "sh", "-c", "ip -4 rule; ip -6 rule; iptables-save"), "169.254.169.254") {
+		select {
+		case <-s.ctx.Done():
+			s.Fatal("the rules of a node that goes back to kube2iam stay")
+		case <-time.After(200 * time.Millisecond):
+		}
 	}
+	s.kubectl("-n", namespace, "delete", "pod", "-l", "app.kubernetes.io/managed-by=kubectl-debug")
+	s.kubectl("label", "node", nodeName(2), "imdsgate-")
 	s.helm("uninstall", release)
 	s.gone()
 
@@ -79,8 +86,7 @@ func TestScenarioReader(t *testing.T) {
 	// docs/diagnosis.md: why it gets nothing.
 	s.kubectl("annotate", "namespace", "shop", "iam.amazonaws.com/allowed-roles=[]", "--overwrite")
 	s.askUntil("shop", "cart-1", "the namespace permits nothing", func(r sequence.Result) bool { return r.Code == 403 })
-	pod := strings.TrimPrefix(s.daemonPod(1), "pod/")
-	said := r.types("docs/diagnosis.md", "/imdsgate -check shop/cart-1", "IMDSGATE_POD_OF_THAT_NODE", pod, "/imdsgate -check shop/cart-1", "/imdsgate -check shop/cart-1 || true")
+	said := r.types("docs/diagnosis.md", "/imdsgate -check shop/cart-1", "/imdsgate -check shop/cart-1", "/imdsgate -check shop/cart-1 || true")
 	if fix := "kubectl annotate namespace shop iam.amazonaws.com/allowed-roles="; !strings.Contains(said, nodeName(1)) || !strings.Contains(said, fix) {
 		t.Errorf("-check shop/cart-1 does not name node and fix:\n%s", said)
 	} else {
