@@ -225,7 +225,7 @@ func listsNothing(t *testing.T, n *lab.Node, p *lab.Pod) {
 // eventually repeats check until it has nothing to say: for what only an answer to a question tells.
 func eventually(t *testing.T, check func() error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	for {
 		err := check()

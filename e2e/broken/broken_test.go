@@ -335,7 +335,7 @@ func (tt broken) test(t *testing.T, n *lab.Node, d *lab.Daemon) {
 
 	var status int
 	var body string
-	waiting, stop := context.WithTimeout(ctx, 20*time.Second)
+	waiting, stop := context.WithTimeout(ctx, time.Minute)
 	defer stop()
 	for status != tt.status || !strings.Contains(body, fix) {
 		if waiting.Err() != nil {

@@ -196,7 +196,7 @@ func speak(ctx context.Context, p *lab.Pod, to, raw string) (string, error) {
 // eventually waits for what only asking tells.
 func eventually(t testing.TB, check func() error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	for {
 		err := check()

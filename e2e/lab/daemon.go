@@ -182,7 +182,7 @@ func (d *Daemon) get(ctx context.Context, port int, path string) (string, error)
 	}
 	client := d.Node.Net.httpClient()
 	defer client.CloseIdleConnections()
-	client.Timeout = 2 * time.Second
+	client.Timeout = 10 * time.Second
 	resp, err := client.Do(req)
 	if err != nil {
 		return "", err

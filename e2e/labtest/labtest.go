@@ -81,7 +81,7 @@ func Pod(t testing.TB, n *lab.Node, s lab.PodSpec) *lab.Pod {
 func Daemon(t testing.TB, n *lab.Node, flags ...string) *lab.Daemon {
 	t.Helper()
 	d := Launch(t, n, lab.DaemonOptions{Flags: flags})
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	if err := d.WaitReady(ctx); err != nil {
 		t.Fatal(err)
