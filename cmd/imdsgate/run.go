@@ -184,12 +184,22 @@ func newDaemon(ctx context.Context, c *Config, log *slog.Logger) (*daemon, error
 		return nil, fmt.Errorf("%w (-state-dir)", err)
 	}
 	d.page = page.New(d)
+	var files syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err != nil {
+		return nil, fmt.Errorf("limit of open files: %w", err)
+	}
+	connections := podConnections(files.Cur)
 	d.server, err = proxy.NewServer(proxy.Options{
 		Callers: d.pods, Credentials: d.cache, Reports: d.pods, TokenKey: tokenKey, IMDSv1: c.IMDSv1,
 		Hold: c.IdentifyTimeout, MetadataAddr: c.MetadataAddr, Allow: c.Allow, Log: log, Metrics: d.metrics,
+		MaxConnections: connections, MaxConnectionsPerIP: max(1, connections/4),
 	})
 	return d, err
 }
+
+// podConnections is how many connections pods may have, given how many files may be open: at most half of them, or a pod that opens
+// connections would keep the daemon from everything else, and the other pods out.
+func podConnections(files uint64) int { return int(max(1, min(files/2, 1024))) }
 
 // newIssuer makes the issuer and completes the policy with what only the node knows.
 func newIssuer(ctx context.Context, c *Config, policy *proxy.Policy, token tokenFunc, log *slog.Logger, metrics prometheus.Registerer) (*sts.STS, error) {
