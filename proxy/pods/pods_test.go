@@ -585,6 +585,26 @@ func TestDecisionFollowsObjects(t *testing.T) {
 	step("namespace deleted", denied, func() { a.delete(namespace("shop")) })
 }
 
+// A namespace without an annotation permits everything with web identity. One that does not exist permits nothing: it cannot be that
+// of a pod, so somebody is wrong about it, and it may have had an annotation.
+func TestAbsentNamespacePermitsNothing(t *testing.T) {
+	t.Parallel()
+	a := newAPIServer(t)
+	a.put(podOf("a", "cart", []string{"10.0.0.1"}), account("cart", proxy.AnnotationRoleARN, roleARN), namespace("shop"))
+	policy := testPolicy()
+	policy.Issuer, policy.NamespacePolicy, policy.Audiences = proxy.IssuerWebIdentity, "auto", []string{"sts.amazonaws.com"}
+	h := start(t, a, policy).synced(t)
+	h.expect(t, map[string]string{"10.0.0.1": "a as cart"})
+	a.put(namespace("shop", proxy.AnnotationAllowedRoles, `["arn:nothing"]`))
+	h.until("not permitted", func() bool { return find(h.Pods, "10.0.0.1") == "a refused(1)" })
+	a.delete(namespace("shop"))
+	h.until("absent", func() bool {
+		e, _ := h.Explain("shop", "a")
+		return strings.Contains(fmt.Sprint(e.Steps), "namespace shop: does not exist")
+	})
+	h.expect(t, map[string]string{"10.0.0.1": "a refused(1)"})
+}
+
 // OnChange tells of pods that came and went and of what decides, not of status.
 func TestOnChange(t *testing.T) {
 	t.Parallel()

@@ -329,7 +329,10 @@ func (p *Pods) seen(c *change, u *used, o object) {
 	}
 	u.object, u.known = o, true
 	if u.name.Namespace == "" {
-		u.rules = p.policy.Compile(o.annotations)
+		u.rules = nil // of a namespace that does not exist: nothing is permitted
+		if o.present {
+			u.rules = p.policy.Compile(o.annotations)
+		}
 	}
 	for r := range u.by {
 		c.accounts[r.accountName()] = struct{}{}
