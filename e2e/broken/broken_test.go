@@ -10,9 +10,13 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	rbacv1 "k8s.io/api/rbac/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/imdsgate/imdsgate/e2e/aws"
 	"github.com/imdsgate/imdsgate/e2e/lab"
@@ -44,6 +48,7 @@ type broken struct {
 	role      *aws.Role       // beside cart, which trusts as it should
 	prepare   func(*lab.Node) // before the pod is bound
 	twin      bool            // a second pod has its IP
+	gone      bool            // the service account was deleted
 
 	status int    // of the answer
 	event  string // its reason
@@ -61,6 +66,12 @@ var table = []broken{
 		status: 404, event: "NoRole", state: "no role",
 		says: "service account shop/cart has no eks.amazonaws.com/role-arn annotation",
 		fix:  "kubectl annotate serviceaccount -n shop cart eks.amazonaws.com/role-arn=arn:aws:iam::ACCOUNT:role/ROLE",
+	},
+	{
+		name: "account gone", symptom: "the service account was deleted", namespace: permits, account: map[string]string{roleAnnotation: cart}, gone: true,
+		status: 404, event: "NoRole", state: "no role",
+		says: "service account shop/cart does not exist, so it has no eks.amazonaws.com/role-arn annotation",
+		fix:  "kubectl create serviceaccount -n shop cart && kubectl annotate serviceaccount -n shop cart eks.amazonaws.com/role-arn=arn:aws:iam::ACCOUNT:role/ROLE",
 	},
 	{
 		name: "role on the pod", symptom: "the annotation is on the pod instead of the service account", namespace: permits,
@@ -276,7 +287,8 @@ var daemonFlags = map[string][]string{
 	"web-identity": {"-issuer", "web-identity", "-audiences", "sts.amazonaws.com,vault"},
 }
 
-// TestBroken: the answer, the Event, the page, its JSON and -check say the same of each set-up, and the same fix.
+// TestBroken: the answer, the Event, the page, its JSON and -check say the same of each set-up, and the same fix; where that is a
+// command, the pod is served once it was typed.
 func TestBroken(t *testing.T) {
 	for issuer, flags := range daemonFlags {
 		t.Run("issuer "+issuer, func(t *testing.T) {
@@ -286,16 +298,21 @@ func TestBroken(t *testing.T) {
 				t.Fatal(err)
 			}
 			d := labtest.Daemon(t, n, flags...)
+			operator := labtest.Node(t, shared, lab.NodeOptions{})
+			err := operator.SetPermissions(labtest.Context(t), []rbacv1.PolicyRule{{APIGroups: []string{""}, Resources: []string{"serviceaccounts", "namespaces"}, Verbs: []string{"get", "create", "patch"}}})
+			if err != nil {
+				t.Fatal(err)
+			}
 			for _, tt := range table {
 				if tt.issuer == issuer {
-					t.Run(tt.name, func(t *testing.T) { tt.test(t, n, d) })
+					t.Run(tt.name, func(t *testing.T) { tt.test(t, n, d, operator) })
 				}
 			}
 		})
 	}
 }
 
-func (tt broken) test(t *testing.T, n *lab.Node, d *lab.Daemon) {
+func (tt broken) test(t *testing.T, n *lab.Node, d *lab.Daemon, operator *lab.Node) {
 	t.Parallel()
 	ctx := labtest.Context(t)
 	shop := shared.Unique("shop")
@@ -316,6 +333,11 @@ func (tt broken) test(t *testing.T, n *lab.Node, d *lab.Daemon) {
 	asking := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, Name: "cart-1", ServiceAccount: "cart", Annotations: tt.pod})
 	if tt.twin {
 		labtest.Pod(t, n, lab.PodSpec{Namespace: shop, Name: "twin", ServiceAccount: "cart", IP: asking.IPs[0], Detached: true})
+	}
+	if tt.gone {
+		if err := shared.Kube.CoreV1().ServiceAccounts(shop).Delete(ctx, "cart", metav1.DeleteOptions{}); err != nil {
+			t.Fatal(err)
+		}
 	}
 	// The table speaks of namespace shop.
 	names := strings.NewReplacer("shop/", shop+"/", "namespace shop", "namespace "+shop, "-n shop ", "-n "+shop+" ", ":shop:cart", ":"+shop+":cart")
@@ -385,6 +407,31 @@ func (tt broken) test(t *testing.T, n *lab.Node, d *lab.Daemon) {
 		t.Errorf("-check ends with %d %v", code, err)
 	}
 	holds("-check", out, shop+"/cart-1: "+tt.state, says, "fix: ", fix)
+
+	// A command is typed as it stands, and mends it. Where the reader has to say which role, there is none to type.
+	_, command, found := strings.Cut(p.Fix, "kubectl ")
+	if !found || strings.Contains(command, "ROLE") {
+		return
+	}
+	kubectl := "KUBECONFIG=" + operator.Kubeconfig() + " " + kubectl(t) + " "
+	if out, err := operator.Run(ctx, "sh", "-euc", kubectl+strings.ReplaceAll(command, "kubectl ", kubectl)); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for status != http.StatusOK {
+		if ctx.Err() != nil {
+			t.Fatalf("after %q the answer is %d %s", command, status, body)
+		}
+		status, body = get(ctx, t, asking)
+	}
+}
+
+// kubectl is the lab's.
+func kubectl(t *testing.T) string {
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(cache, "imdsgate-e2e", "bin", "kubectl")
 }
 
 // pod is what the JSON says of one.
