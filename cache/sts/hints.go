@@ -20,6 +20,9 @@ type refusal struct{ code, message, token string }
 func (s *STS) hint(op string, key cache.Key, r refusal) string {
 	switch r.code {
 	case "AccessDenied":
+		if kind, ok := refusedBy(r.message); ok && (op == opAssumeRole || strings.Contains(r.message, explicitDeny)) {
+			return s.policyHint(key, kind, strings.Contains(r.message, explicitDeny))
+		}
 		if op == opWebIdentity {
 			return webIdentityHint(key, r.token)
 		}
@@ -99,9 +102,6 @@ func (s statement) String() string {
 
 // assumeRoleHint tells the statement that the role's trust policy needs. STS answers alike for a role that does not exist.
 func (s *STS) assumeRoleHint(key cache.Key, message string) string {
-	if kind, ok := refusedBy(message); ok {
-		return s.policyHint(key, kind, strings.Contains(message, explicitDeny))
-	}
 	var trust statement
 	trust.Action = "sts:AssumeRole"
 	if key.Tags != (cache.Tags{}) {

@@ -469,6 +469,8 @@ func TestHints(t *testing.T) {
 		{"subject", true, webKey, 403, "AccessDenied", "Not authorized to perform sts:AssumeRoleWithWebIdentity",
 			[]string{`trust policy: {"Effect":"Allow","Principal":{"Federated":"arn:aws:iam::123456789012:oidc-provider/oidc.example/id/1"},"Action":"sts:AssumeRoleWithWebIdentity",` +
 				`"Condition":{"StringEquals":{"oidc.example/id/1:aud":"sts.amazonaws.com","oidc.example/id/1:sub":"system:serviceaccount:shop:cart"}}}`}},
+		{"web identity denied", true, webKey, 403, "AccessDenied", "Not authorized to perform sts:AssumeRoleWithWebIdentity with an explicit deny in a service control policy",
+			[]string{"find the statement with Effect Deny in the service control policy"}},
 		{"audience", true, webKey, 400, "InvalidIdentityToken", "Incorrect token audience", []string{`aws iam add-client-id-to-open-id-connect-provider --open-id-connect-provider-arn arn:aws:iam::123456789012:oidc-provider/oidc.example/id/1 --client-id sts.amazonaws.com`}},
 		{"issuer", true, webKey, 400, "InvalidIdentityToken", "No OpenIDConnect provider found in your account for https://x",
 			[]string{"create an IAM OIDC provider", "in account 123456789012", "aws iam create-open-id-connect-provider --url https://oidc.example/id/1 --client-id-list sts.amazonaws.com"}},
