@@ -224,6 +224,9 @@ func (k *checker) serving(r *report) error {
 		r.add(page.Finding{Severity: string(iptables.Error), About: "instance", Text: "not ready: " + missing})
 	}
 	failed := r.failed
+	for _, trouble := range k.running.Troubles {
+		r.add(page.Finding{Severity: string(iptables.Warning), About: "instance", Text: trouble})
+	}
 	for _, f := range k.running.Rules {
 		if f.Severity != string(iptables.Info) {
 			r.add(f)

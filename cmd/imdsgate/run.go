@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"strconv"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -138,6 +139,7 @@ type daemon struct {
 	page    *page.Page
 	started time.Time
 	seen    seenRules
+	nodeErr atomic.Pointer[error] // of the last look at the node's name; nil: none yet
 	// redirected is closed once pods are sent here. A second instance is not ready before: the first would be ended too soon.
 	redirected chan struct{}
 }
@@ -278,7 +280,7 @@ func serve(ctx context.Context, c *Config, log *slog.Logger) error {
 	task(rest, "keep the rules", d.rules.Run)
 	task(rest, "keep memory small", d.keepSmall)
 	task(rest, "redirect", d.sendPodsHere(listeners, second))
-	task(rest, "check the node's name", d.untilDone("the node's name may be wrong", d.pods.NodeExists))
+	task(rest, "check the node's name", d.untilDone("the node's name may be wrong", d.checkNode))
 	if c.StartupTaint != "" {
 		task(rest, "remove the startup taint", d.untilDone("the startup taint stays", d.removeTaint))
 	}
@@ -310,6 +312,13 @@ func (d *daemon) untilDone(failed string, try func(context.Context) error) func(
 			}
 		}
 	}
+}
+
+// checkNode keeps what is wrong with the node's name for the page.
+func (d *daemon) checkNode(ctx context.Context) error {
+	err := d.pods.NodeExists(ctx)
+	d.nodeErr.Store(&err)
+	return err
 }
 
 // removeTaint lets pods onto the node, once they would be answered. Nothing puts the taint back on exit: the rules stay.

@@ -24,9 +24,18 @@ var _ page.Source = (*daemon)(nil)
 func (d *daemon) View(ctx context.Context) *page.View {
 	return &page.View{
 		Node: d.config.Node, Version: version(), Issuer: d.config.Policy.Issuer, Now: time.Now(), Started: d.started,
-		NotReady: lines(d.ready(ctx)), Troubles: lines(d.pods.Err()), Rules: d.seen.rules(ctx, d), Pods: d.Pods(),
+		NotReady: lines(d.ready(ctx)), Troubles: d.troubles(), Rules: d.seen.rules(ctx, d), Pods: d.Pods(),
 		Denials: d.server.Denials(), Flags: d.config.InEffect,
 	}
+}
+
+// troubles are what the API server says, or does not say, that somebody should look at.
+func (d *daemon) troubles() []string {
+	all := lines(d.pods.Err())
+	if err := d.nodeErr.Load(); err != nil {
+		all = append(all, lines(*err)...)
+	}
+	return all
 }
 
 // Pods are those of this node, with their credentials.

@@ -101,6 +101,11 @@ var others = map[string]other{
 		says:    "no AWS region is configured and the instance metadata endpoint does not tell one: set the environment variable AWS_REGION",
 		where:   "log, -check; imdsgate does not start",
 	},
+	"node's name": {
+		symptom: "a wrong -node or NODE_NAME",
+		says:    "not even this one: set -node or NODE_NAME to spec.nodeName (downward API)",
+		where:   "page, -check, log; pods hear 503",
+	},
 	"other node": {
 		symptom: "-check on another node than the pod's",
 		says:    "run -check in the imdsgate pod of that node; if there is none, nobody there serves it",
@@ -427,6 +432,29 @@ func TestNoRegion(t *testing.T) {
 		if err != nil || code != 1 || !strings.Contains(out, others["no region"].says) {
 			t.Errorf("%v ends with %d %v: %s", more, code, err, out)
 		}
+	}
+}
+
+// TestNodesName: a daemon that serves the pods of no node says so.
+func TestNodesName(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t)
+	n := labtest.Node(t, shared, lab.NodeOptions{})
+	flags := []string{"-node", "ip-10-0-0-1"}
+	d := labtest.Daemon(t, n, flags...)
+	says := others["node's name"].says
+	var page string
+	for err := error(nil); err != nil || !strings.Contains(page, says); page, err = d.Debug(ctx, "/") {
+		if ctx.Err() != nil {
+			t.Fatalf("the page never says it: %v %s", err, page)
+		}
+	}
+	code, out, err := n.RunDaemon(ctx, lab.DaemonOptions{Flags: append(flags, "-check")})
+	if err != nil || code != 1 || !strings.Contains(out, says) {
+		t.Errorf("-check ends with %d %v: %s", code, err, out)
+	}
+	if _, err := d.Log().Wait(ctx, says); err != nil {
+		t.Error(err)
 	}
 }
 
