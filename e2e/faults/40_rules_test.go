@@ -48,7 +48,7 @@ ip rule del pref 1 nop; sleep 0.5
 ip -6 rule del pref 0 to fd00:ec2::254 unreachable`},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			f := shared.fault(t, c.name, time.Minute, []int{c.node})
+			f := shared.fault(t, c.name, 2*time.Minute, []int{c.node})
 			before, repairs := f.rulesOf(c.node, "iptables"), f.repairs(c.node)
 			if c.flushes {
 				defer f.keepOthers(c.node, "nat filter")()
