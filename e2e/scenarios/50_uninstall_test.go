@@ -53,6 +53,11 @@ func TestScenarioUninstall(t *testing.T) {
 	for node := 1; node <= 2; node++ {
 		after, err := rules(s.ctx, node)
 		s.must(err)
+		// kube-proxy may still have to hear that the release's Service is gone.
+		for end := time.Now().Add(20 * time.Second); after != s.before[node] && time.Now().Before(end); time.Sleep(500 * time.Millisecond) {
+			after, err = rules(s.ctx, node)
+			s.must(err)
+		}
 		if diff := cmp.Diff(s.before[node], after); diff != "" {
 			t.Errorf("node %d is not what it was (-before +after):\n%s", node, diff)
 		}
