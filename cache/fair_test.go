@@ -11,6 +11,7 @@ import (
 func TestChangingKeysStarveNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		victim := testKey(1)
+		victim.Duration = 10 * time.Minute
 		const rate = 8
 		r := start(t, func(o *Options) { o.Rate = rate }, map[Key]bool{victim: true})
 		r.sts.set(after(50*time.Millisecond, nil))
@@ -18,8 +19,8 @@ func TestChangingKeysStarveNobody(t *testing.T) {
 		if r.Peek(&victim) == nil {
 			t.Fatal("not prefetched")
 		}
-		time.Sleep(26 * time.Minute) // it is refreshed between 27 and 33 min, and served up to 59
-		const attack = 36 * time.Minute
+		time.Sleep(4 * time.Minute) // it is refreshed between 4.5 and 5.5 min, and served up to 9
+		const attack = 7 * time.Minute
 		stop := time.Now().Add(attack)
 		done := make(chan struct{})
 		go func() {
@@ -41,7 +42,7 @@ func TestChangingKeysStarveNobody(t *testing.T) {
 			if _, err := r.get(testKey(i), 450*time.Millisecond); err != nil {
 				late++
 			}
-			time.Sleep(10 * time.Second)
+			time.Sleep(2 * time.Second)
 		}
 		<-done
 		if unserved > 0 || late > 0 {
