@@ -39,6 +39,7 @@ deps: cluster-bins
 test-unit: ## no privilege, no network, under a minute warm
 	@mkdir -p $(OUT)
 	$(GOTESTSUM) --jsonfile $(OUT)/unit.json -- -race -short ./...
+	$(GOTESTSUM) --jsonfile $(OUT)/alloc.json -- -run Alloc ./proxy ./cache # they see nothing with -race
 
 test-kernel: ## the real iptables, both back ends, in namespaces of its own
 	@mkdir -p $(OUT)
