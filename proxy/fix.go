@@ -14,10 +14,10 @@ const maxFix = 700
 
 // bound keeps a refusal printable and within maxText bytes.
 func (r *Refusal) bound() {
+	r.Fix = oneLine(r.Fix)
 	if len(r.Fix) > maxFix {
 		r.Fix = ""
 	}
-	r.Fix = oneLine(r.Fix)
 	r.Text = oneLineOf(r.Text, maxText-len(withFix("", r.Fix)))
 }
 
