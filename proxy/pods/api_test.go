@@ -40,6 +40,8 @@ type apiServer struct {
 	cut       chan struct{}  // closed to end all watches
 	down      bool           // every request is answered 503
 	refused   map[string]int // requests because of it, by resource
+	holding   int            // requests that are not answered now
+	abandoned int            // of them, ever: given up by the client
 	watchList bool
 	sloppy    bool            // field selectors and namespaces are ignored
 	forbidden map[string]bool // "verb resource"
@@ -208,9 +210,20 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		held, changed = a.held[resource], a.changed
 		a.mu.Unlock()
 		if held {
+			a.locked(func() { a.holding++; changed = a.changed })
+			gone := false
 			select {
 			case <-changed:
 			case <-r.Context().Done():
+				gone = true
+			}
+			a.mu.Lock()
+			a.holding--
+			if gone {
+				a.abandoned++
+			}
+			a.mu.Unlock()
+			if gone {
 				return
 			}
 		}

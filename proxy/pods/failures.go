@@ -24,6 +24,8 @@ type following struct {
 	resource string
 	what     string // for people
 	over     bool   // guarded by failures.mu
+
+	attempt sync.Mutex // held while a list, or a watch's opening, is under way
 }
 
 func newFollowing(resource, namespace, selector string) *following {

@@ -52,6 +52,7 @@ type Pods struct {
 	backoff    *wait.Backoff // between attempts to reach the API server; nil: client-go's, 0.8 s to 1 min
 	waiting    waiting
 	asked      chan struct{} // has one when a request waits for an IP that nobody has
+	hurries    *rate.Limiter // of pauses that end because of it
 	count      atomic.Int64
 	synced     chan struct{} // closed when it is
 	results    *results      // nil: off
@@ -93,6 +94,7 @@ func New(o Options) (*Pods, error) {
 		opening:    make(chan struct{}, maxOpening),
 		buffers:    sync.Pool{New: func() any { return new(bytes.Buffer) }},
 		asked:      make(chan struct{}, 1),
+		hurries:    rate.NewLimiter(rate.Every(hurryEvery), 1),
 		node:       o.Node,
 		policy:     o.Policy,
 		log:        o.Log,

@@ -16,6 +16,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+	"golang.org/x/time/rate"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -885,6 +886,33 @@ func TestRequestEndsThePause(t *testing.T) {
 			}
 		})
 	}
+}
+
+// An attempt under way is not ended: an API server that needs long to answer would never be heard.
+func TestRequestsEndNoAttempt(t *testing.T) {
+	a := newAPIServer(t)
+	shop(a)
+	a.put(podOf("a", "cart", []string{"10.0.0.1"}))
+	a.down = true
+	h := newHarness(t, a, testPolicy())
+	h.hurries = rate.NewLimiter(rate.Inf, 0)
+	h.run(t)
+	poll(t, "the outage", func() bool { return h.Err() != nil })
+	a.set(func() { a.held["pods"], a.down = true, false })
+	a.wait("an attempt", func() bool { return a.holding == 1 })
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	for begin := time.Now(); time.Since(begin) < 300*time.Millisecond; {
+		_, _ = h.Wait(ctx, addr("10.0.0.1"))
+	}
+	a.mu.Lock()
+	abandoned := a.abandoned
+	a.mu.Unlock()
+	if abandoned > 0 {
+		t.Errorf("%d attempts were given up", abandoned)
+	}
+	a.set(func() { a.held["pods"] = false })
+	h.synced(t)
 }
 
 // But not more often than hurryEvery, whoever asks.

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/go-logr/logr"
-	"golang.org/x/time/rate"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -98,11 +97,15 @@ func (p *Pods) reflect(ctx context.Context, w *following, into kcache.ReflectorS
 	})
 	list, open := lw.ListWithContextFunc, lw.WatchFuncWithContext
 	lw.ListWithContextFunc = func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
+		w.attempt.Lock()
+		defer w.attempt.Unlock()
 		l, err := list(ctx, o)
 		p.followed(ctx, w, "list", err)
 		return l, err
 	}
 	lw.WatchFuncWithContext = func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+		w.attempt.Lock()
+		defer w.attempt.Unlock()
 		stream, err := open(ctx, o)
 		if err == nil {
 			opened()
@@ -167,15 +170,19 @@ func (c *contact) firstSeen(now time.Time) time.Time {
 // an outage the pause is up to a minute, and the kubelet, which starts a new pod, has its own: the pod would be refused meanwhile.
 const hurryEvery = 5 * time.Second
 
-// hurry returns when a request waits for an IP that nobody has while the pods cannot be followed, or with ctx.
-func (p *Pods) hurry(ctx context.Context, w *following, limit *rate.Limiter) {
+// hurry returns when a request waits for an IP that nobody has and the pods cannot be followed, or with ctx. It lets the attempt under
+// way end first: of an API server that needs longer to answer than hurryEvery, nothing would ever be heard.
+func (p *Pods) hurry(ctx context.Context, w *following) {
 	for {
 		select {
 		case <-p.asked:
 		case <-ctx.Done():
 			return
 		}
-		if p.failures.failing(w) && limit.Allow() {
+		w.attempt.Lock()
+		due := p.failures.failing(w) && p.hurries.Allow()
+		w.attempt.Unlock()
+		if due {
 			return
 		}
 	}
@@ -185,13 +192,12 @@ func (p *Pods) followPods(ctx context.Context) {
 	w := newFollowing("pods", "", p.nodeSelector().String())
 	defer p.failures.end(w)
 	into, opened := p.podStore()
-	limit := rate.NewLimiter(rate.Every(hurryEvery), 1)
 	for ctx.Err() == nil {
 		attempts, again := context.WithCancel(ctx)
 		var hurry sync.WaitGroup
 		hurry.Go(func() {
 			defer again()
-			p.hurry(attempts, w, limit)
+			p.hurry(attempts, w)
 		})
 		p.reflect(attempts, w, into, opened)
 		again()
