@@ -83,6 +83,7 @@ type fed struct {
 	mu     sync.Mutex
 	in     []byte
 	chunk  int
+	stays  time.Duration // after the input: net/http gives up what it is at for a client that is gone
 	out    bytes.Buffer
 	closed chan struct{}
 	once   sync.Once
@@ -96,6 +97,12 @@ func (f *fed) Read(p []byte) (int, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if len(f.in) == 0 {
+		f.mu.Unlock()
+		select {
+		case <-time.After(f.stays):
+		case <-f.closed:
+		}
+		f.mu.Lock()
 		return 0, io.EOF
 	}
 	n := copy(p[:min(len(p), f.chunk)], f.in)

@@ -46,6 +46,7 @@ func FuzzWire(f *testing.F) {
 	s.upstream.client.Transport = up
 	say := func(in []byte, chunk int) []byte {
 		fed := newFed(in, chunk)
+		fed.stays = time.Second
 		c := &conn{Conn: fed, shares: newShares(1, 1)}
 		c.shares.acquire(c, podIPs["role"], time.Now())
 		hs := s.httpServer()
