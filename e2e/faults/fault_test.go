@@ -323,10 +323,6 @@ func (f *fault) done(e expect) {
 				f.row.Failed++
 				continue
 			}
-			if r.Kind == sequence.Timeout && f.still.Within(r.At, end) > 0 {
-				f.row.StoodStill++
-				continue
-			}
 			if f.row.Unexplained++; f.row.Unexplained <= 5 {
 				f.Errorf("%s, which the daemon had credentials for, failed %.3f s after the fault began: %s", l.Name, r.At.Sub(f.at).Seconds(), r.Brief())
 			}
@@ -340,8 +336,6 @@ func (f *fault) done(e expect) {
 			case answer(r) == "404" && slices.Contains(f.late, l):
 			case r.Kind == sequence.Status && r.Code == 503:
 			case e.why != "" && slices.Contains(e.kinds, answer(r)) && !r.At.After(f.whole):
-			case r.Kind == sequence.Timeout && f.still.Within(r.At, r.At.Add(r.Took)) > 0:
-				f.row.StoodStill++
 			default:
 				f.row.Unexplained++
 				f.Errorf("the new pod %s is answered %s", l.Name, r.Brief())
@@ -356,11 +350,7 @@ func (f *fault) done(e expect) {
 	}
 	f.AssertUntouched(f.T, f.mark, imds.Expected{NodeRole: true})
 	f.row.Whole = f.whole.Sub(f.since).Seconds()
-	stood := f.still.Within(f.since, f.whole)
-	if stood > 0 || f.row.StoodStill > 0 {
-		f.note("the machine stood still for %.1f s of that time; %d requests that timed out then are not counted", stood.Seconds(), f.row.StoodStill)
-	}
-	if whole := f.whole.Sub(f.since) - stood; whole > e.whole {
+	if whole := f.whole.Sub(f.since); whole > e.whole {
 		f.Errorf("whole again after %s, not within %s", whole.Round(10*time.Millisecond), e.whole)
 	}
 	f.Logf("%+v", f.row)

@@ -31,7 +31,6 @@ const (
 type suite struct {
 	*clustertest.Cluster
 	loads  []*clustertest.Steady
-	still  clustertest.Standstills
 	long   bool
 	report report
 }
@@ -66,9 +65,6 @@ func run(m *testing.M) int {
 		return 1
 	}
 	shared = s
-	watched, end := context.WithCancel(context.Background())
-	defer end()
-	go s.still.Watch(watched)
 	code := m.Run()
 	if err := s.report.write(); err != nil {
 		say("%v", err)
@@ -243,7 +239,6 @@ type row struct {
 	Failed      int
 	Why         string
 	Unexplained int
-	StoodStill  int // sequences that timed out while the machine ran nothing
 	// Credentials seen by pods.
 	Node, Foreign, Expired int
 	Notes                  []string
