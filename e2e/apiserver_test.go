@@ -61,15 +61,9 @@ func TestLabAPIServerGone(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Logf("ready %v after the API server", time.Since(start).Round(time.Millisecond))
-	eventually(t, func() error {
-		_, doc, err := credentials(ctx, waiting)
-		if err == nil {
-			err = owned(starting, doc, role)
-		}
-		return err
-	})
+	served(t, starting, waiting, role)
 	fresh := labtest.Pod(t, serving, lab.PodSpec{Namespace: shop, ServiceAccount: "cart"})
-	eventually(t, func() error { _, _, err := credentials(ctx, fresh); return err })
+	served(t, serving, fresh, role)
 	t.Logf("a new pod was served %v after the API server", time.Since(start).Round(time.Millisecond))
 	labtest.Untouched(t, serving, imds.Expected{})
 	labtest.Untouched(t, starting, imds.Expected{})

@@ -95,11 +95,5 @@ func TestLabCredentialsFromElsewhere(t *testing.T) {
 			t.Errorf("%s was prefetched", c.RoleARN)
 		}
 	}
-	eventually(t, func() error {
-		_, doc, err := credentials(ctx, p)
-		if err == nil {
-			err = owned(n, doc, irsa)
-		}
-		return err
-	})
+	served(t, n, p, irsa)
 }

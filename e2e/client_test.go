@@ -3,6 +3,7 @@ package e2e_test
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -79,12 +80,18 @@ type document struct {
 	Expiration                                time.Time
 }
 
+// errNotYet is a 503, which asks to come again.
+var errNotYet = errors.New("not yet")
+
 // credentials fetches the role list and the document as SDKs do, with a session token.
 func credentials(ctx context.Context, p *lab.Pod) (role string, d document, err error) {
 	step := func(method, path string, header map[string]string) (string, error) {
 		status, body, err := ask(ctx, p, method, endpoint+path, header)
 		if err == nil && status != 200 {
 			err = fmt.Errorf("%s %s in %s/%s: %d: %s", method, path, p.Namespace, p.Name, status, body)
+			if status == http.StatusServiceUnavailable {
+				err = fmt.Errorf("%w: %w", errNotYet, err)
+			}
 		}
 		return body, err
 	}
@@ -106,16 +113,19 @@ func credentials(ctx context.Context, p *lab.Pod) (role string, d document, err 
 	return role, d, err
 }
 
-// served asks for a pod's first credentials, and again after a 503 with Retry-After, which is a busy machine's right: the daemon may
-// not have heard of the pod, or STS not have answered, within the hold.
+// served asks for a pod's first credentials, and again after a 503: the daemon may not have heard of the pod, or STS not have
+// answered, within the hold. Any other refusal ends an SDK's search, and must not come first; nor may another role's credentials.
 func served(t *testing.T, n *lab.Node, p *lab.Pod, role string) (d document) {
 	t.Helper()
 	eventually(t, func() (err error) {
-		if _, d, err = credentials(labtest.Context(t), p); err == nil {
-			err = owned(n, d, role)
+		if _, d, err = credentials(labtest.Context(t), p); err != nil && !errors.Is(err, errNotYet) {
+			t.Fatal(err)
 		}
 		return err
 	})
+	if err := owned(n, d, role); err != nil {
+		t.Fatal(err)
+	}
 	return d
 }
 

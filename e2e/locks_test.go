@@ -56,16 +56,16 @@ func TestLabNothingReachesTheEndpoint(t *testing.T) {
 			}
 			served := func(state string) {
 				t.Helper()
-				eventually(t, func() error { // a daemon that has just started may have to wait for STS
-					_, d, err := credentials(ctx, pods[0])
-					if err == nil {
-						err = owned(n, d, role)
-					}
-					if err != nil {
+				var doc document
+				eventually(t, func() (err error) { // a daemon that has just started may have to wait for STS
+					if _, doc, err = credentials(ctx, pods[0]); err != nil {
 						err = fmt.Errorf("%s: %w", state, err)
 					}
 					return err
 				})
+				if err := owned(n, doc, role); err != nil {
+					t.Fatalf("%s: %v", state, err)
+				}
 			}
 
 			d := start()

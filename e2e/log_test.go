@@ -49,13 +49,7 @@ func TestLabLogNobodyReads(t *testing.T) {
 	shop := shared.Unique("shop")
 	role := serviceAccount(t, n, shop, "cart", "cart")
 	p, other := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart"}), labtest.Pod(t, n, lab.PodSpec{Namespace: shop})
-	eventually(t, func() error {
-		_, doc, err := credentials(ctx, p)
-		if err == nil {
-			err = owned(n, doc, role)
-		}
-		return err
-	})
+	served(t, n, p, role)
 	if err := wantStatus(other, roleList, http.StatusNotFound); err != nil {
 		t.Error(err)
 	}

@@ -1,7 +1,6 @@
 package e2e_test
 
 import (
-	"fmt"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -26,17 +25,11 @@ func TestLabRestartWithoutSTS(t *testing.T) {
 	till := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "till"})
 	had := served(t, n, cart, role)
 	served(t, n, till, lost)
-	kept := filepath.Join(n.Dir(), "run", "imdsgate", "credentials")
-	files := func(want int) error {
-		found, err := filepath.Glob(filepath.Join(kept, "*.json"))
-		if err != nil || len(found) != want {
-			return fmt.Errorf("%d files of sessions in %s, want %d: %v", len(found), kept, want, err)
-		}
-		return nil
-	}
-	eventually(t, func() error { return files(2) })
-	if info, err := os.Stat(kept); err != nil || info.Mode().Perm() != 0o700 {
-		t.Errorf("directory of the sessions: %v %v", info.Mode(), err)
+	eventually(t, func() error { return filesOfSessions(n, 2) })
+	if info, err := os.Stat(filepath.Join(n.Dir(), "run", "imdsgate", "credentials")); err != nil {
+		t.Error(err)
+	} else if info.Mode().Perm() != 0o700 {
+		t.Errorf("the directory of the sessions is %s", info.Mode())
 	}
 	calls := len(issued(n))
 
@@ -84,6 +77,6 @@ func TestLabRestartWithoutSTS(t *testing.T) {
 	if err := cart.Delete(ctx); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, func() error { return files(1) }) // the other's, which nobody may have, goes when it expires
+	eventually(t, func() error { return filesOfSessions(n, 1) }) // the other's, which nobody may have, goes when it expires
 	labtest.Untouched(t, n, imds.Expected{})
 }

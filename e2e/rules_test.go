@@ -208,7 +208,7 @@ func TestLabHandover(t *testing.T) {
 		return to
 	}
 	first := start(9181)
-	eventually(t, func() error { _, _, err := credentials(ctx, p); return err })
+	served(t, n, p, role)
 
 	asking, end := context.WithCancel(ctx)
 	defer end()

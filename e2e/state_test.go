@@ -52,6 +52,14 @@ func TestLabReusedIP(t *testing.T) {
 				t.Fatal(err)
 			}
 			later := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "new", IP: earlier.IPs[0]})
+			if name == "terminating" { // until the daemon has heard of the later one, the address is the earlier one's
+				eventually(t, func() error {
+					if status, body := get(t, later, roleList); status != http.StatusOK || body != "new" {
+						return fmt.Errorf("the list is %d %s", status, body)
+					}
+					return nil
+				})
+			}
 			served(t, n, later, newRole)
 			labtest.Untouched(t, n, imds.Expected{})
 		})
@@ -248,5 +256,5 @@ func TestLabLastMinute(t *testing.T) {
 	if err := n.AWS.Start(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, func() error { _, _, err := credentials(ctx, p); return err })
+	served(t, n, p, role)
 }
