@@ -295,6 +295,11 @@ func (c *conforming) checkAnswer(t *testing.T, resp *http.Response, body, pod st
 	if n, err := strconv.Atoi(resp.Header.Get("Content-Length")); err != nil || resp.Request.Method != http.MethodHead && n != len(body) {
 		t.Errorf("Content-Length %q of %d bytes", resp.Header.Get("Content-Length"), len(body))
 	}
+	for name, want := range map[string]string{"Server": "EC2ws", "Content-Type": "text/plain"} {
+		if got := resp.Header.Get(name); got != want {
+			t.Errorf("%s is %q, want %s", name, got, want)
+		}
+	}
 	if len(resp.TransferEncoding) > 0 {
 		t.Errorf("Transfer-Encoding: %v", resp.TransferEncoding)
 	}
