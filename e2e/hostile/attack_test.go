@@ -1,19 +1,14 @@
 package hostile
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
-	"io"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"strconv"
-	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -28,68 +23,6 @@ const (
 	bystanderVariable = "HOSTILE_BYSTANDER" // address of a server on the node that nobody attacks
 )
 
-// attacks are loops, each on its own connection, that end when the process does.
-var attacks = map[string]struct {
-	connections int
-	loop        func(c net.Conn) error // once; an error ends the connection, and the next is opened
-}{
-	"connections": {2000, func(c net.Conn) error {
-		_, err := io.Copy(io.Discard, c)
-		time.Sleep(20 * time.Millisecond) // of each of the 2,000
-		return fmt.Errorf("closed: %w", err)
-	}},
-	"connect and close": {64, func(net.Conn) error { return io.EOF }},
-	"401 loop": {64, func(c net.Conn) error {
-		return exchange(c, "GET "+list+"/ HTTP/1.1\r\n"+host+session+"bad\r\n\r\n")
-	}},
-	"404 loop": {256, func(c net.Conn) error { return exchange(c, get("/latest/user-data")) }},
-	"PUT flood": {256, func(c net.Conn) error {
-		return exchange(c, "PUT /latest/api/token"+v1+host+ttl+"21600\r\nContent-Length: 0\r\n\r\n")
-	}},
-	"hits": {256, func(c net.Conn) error { return exchange(c, get(list+"/")) }},
-	"slow heads": {512, func(c net.Conn) error {
-		if _, err := io.WriteString(c, "GET / HTTP/1.1\r\nX: "); err != nil {
-			return err
-		}
-		for range 100 {
-			if _, err := io.WriteString(c, "x"); err != nil {
-				return err
-			}
-			time.Sleep(100 * time.Millisecond)
-		}
-		return io.EOF
-	}},
-	"huge heads": {64, func(c net.Conn) error {
-		_, err := io.WriteString(c, "GET / HTTP/1.1\r\nX: "+strings.Repeat("x", 1<<20)+"\r\n\r\n")
-		return err
-	}},
-	"heads of 12 KiB that never end": {512, func(c net.Conn) error {
-		if _, err := io.WriteString(c, "GET / HTTP/1.1\r\nX: "+strings.Repeat("x", 12<<10)); err != nil {
-			return err
-		}
-		_, err := io.Copy(io.Discard, c)
-		return fmt.Errorf("closed: %w", err)
-	}},
-}
-
-func exchange(c net.Conn, request string) error {
-	if _, err := io.WriteString(c, request); err != nil {
-		return err
-	}
-	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	if _, err := io.Copy(io.Discard, resp.Body); err != nil {
-		return err
-	}
-	if resp.Close {
-		return io.EOF
-	}
-	return nil
-}
-
 // attackMain is the process in the pod. It ends after a minute at the latest.
 func attackMain(kind string) int {
 	here, err := os.Readlink("/proc/self/ns/net")
@@ -101,25 +34,13 @@ func attackMain(kind string) int {
 		measure()
 		return 0
 	}
-	a := attacks[kind]
-	time.AfterFunc(time.Minute, func() { os.Exit(0) })
-	var wg sync.WaitGroup
-	for range a.connections {
-		wg.Go(func() {
-			for {
-				c, err := (&net.Dialer{Timeout: 5 * time.Second}).Dial("tcp", endpoint)
-				if err != nil {
-					continue
-				}
-				for err == nil {
-					err = a.loop(c)
-				}
-				_ = c.Close()
-			}
-		})
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	if _, err := Flood(ctx, kind); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
 	}
-	wg.Wait()
-	return 1
+	return 0
 }
 
 // sample is one request of an innocent pod.

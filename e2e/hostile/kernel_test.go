@@ -302,8 +302,8 @@ func TestHostileOwnNetwork(t *testing.T) {
 	})
 }
 
-// Packets that no socket makes: every protocol, every port, fragments, source routes, tunnels, extension headers. None
-// arrives, and an ICMP redirect moves neither the node nor anybody's traffic. (S12)
+// Packets that no socket makes: every protocol, every port, fragments, source routes, tunnels, extension headers, sent with and
+// without the pod's own routing. None arrives, and an ICMP redirect moves neither the node nor anybody's traffic. (S12)
 func TestHostileRawPackets(t *testing.T) {
 	t.Parallel()
 	for name, o := range map[string]lab.NodeOptions{"ptp": {}, "bridge": {Network: lab.Bridge}} {
@@ -312,80 +312,30 @@ func TestHostileRawPackets(t *testing.T) {
 			ctx := labtest.Context(t)
 			s := newStage(t, o)
 			w := newWire(t, s.mallory)
-			me, me6 := s.mallory.IPs[0], s.mallory.IPs[1]
-			to, to6 := netip.AddrPortFrom(imds.IPv4, 80), netip.AddrPortFrom(imds.IPv6, 80)
-			var packets [][]byte
-			add := func(b ...[]byte) { packets = append(packets, b...) }
-			syn := func(port uint16, dst netip.AddrPort) []byte {
-				src := netip.AddrPortFrom(me, port)
-				if dst.Addr().Is6() {
-					src = netip.AddrPortFrom(me6, port)
+			packets := Packets(Place{
+				Pod: s.mallory.IPs[0], Pod6: s.mallory.IPs[1], Node: s.IP, Node6: s.IPv6, Gateway: s.IP, Neighbour: s.victim.IPs[0],
+			})
+			var link *Link
+			if err := s.mallory.Net.Do(func() (err error) {
+				link, err = OpenLink()
+				return err
+			}); err != nil {
+				t.Fatal(err)
+			}
+			defer link.Close()
+			for how, send := range map[string]func([]byte) error{"raw sockets": w.send, "the link": link.Send} {
+				sent, unsent := 0, 0
+				for _, b := range packets {
+					if err := send(b); err != nil { // the pod's own kernel may refuse to send it
+						unsent++
+					} else {
+						sent++
+					}
 				}
-				return segment(src, dst, synFlag, 1, 0)
-			}
-			for protocol := range 256 { // 0 is hop-by-hop options, 4 IP in IP, 41 IPv6, 47 GRE, 50 ESP, 132 SCTP
-				inner := header(me, imds.IPv4, unix.IPPROTO_TCP, 1, 0, nil, syn(4000, to))
-				add(header(me, imds.IPv4, byte(protocol), uint16(protocol), 0, nil, syn(4001, netip.AddrPortFrom(imds.IPv4, 81))))
-				add(header(me, s.IP, byte(protocol), uint16(protocol), 0, nil, inner)) // a tunnel that ends at the node
-				add(header6(me6, imds.IPv6, byte(protocol), syn(4002, netip.AddrPortFrom(imds.IPv6, 81))))
-			}
-			for port := 1; port < 65536; port += 7 {
-				if port != 80 {
-					add(header(me, imds.IPv4, unix.IPPROTO_TCP, 7, 0, nil, syn(4003, netip.AddrPortFrom(imds.IPv4, uint16(port)))))
+				t.Logf("%d packets sent over %s, %d not", sent, how, unsent)
+				if sent < 10_000 {
+					t.Errorf("only %d packets were sent over %s", sent, how)
 				}
-			}
-			for flags := range 256 { // no connection begins with these
-				add(header(me, imds.IPv4, unix.IPPROTO_TCP, 8, 0, nil, segment(netip.AddrPortFrom(me, uint16(5000+flags)), to, byte(flags), 1, 1, []byte("GET /latest/user-data HTTP/1.0\r\n\r\n")...)))
-				add(header6(me6, imds.IPv6, unix.IPPROTO_TCP, segment(netip.AddrPortFrom(me6, uint16(5000+flags)), to6, byte(flags), 1, 1, []byte("GET /latest/user-data HTTP/1.0\r\n\r\n")...)))
-			}
-			// Fragments: the ports in the first, flags in the second; in any order, overlapping, tiny, and without a first.
-			whole := append(syn(4010, to), make([]byte, 20)...)
-			const more = 0x2000
-			for id, parts := range [][][3]int{
-				{{0, 8, more}, {8, 40, 0}}, {{8, 40, 0}, {0, 8, more}}, {{0, 16, more}, {8, 40, 0}}, {{0, 16, more}, {16, 40, 0}}, {{8, 16, more}}, {{0, 8, more}, {8, 16, more}, {16, 24, more}, {24, 40, 0}}, {{0, 40, more}}, {{16, 40, 0}},
-			} {
-				for _, p := range parts {
-					add(header(me, imds.IPv4, unix.IPPROTO_TCP, uint16(100+id), uint16(p[2]|p[0]/8), nil, whole[p[0]:p[1]]))
-				}
-			}
-			for _, options := range [][]byte{
-				{131, 7, 4, 169, 254, 169, 254, 0}, {137, 7, 4, 169, 254, 169, 254, 0}, {7, 7, 4, 0, 0, 0, 0, 0}, {148, 4, 0, 0}, {68, 8, 5, 0, 0, 0, 0, 0},
-			} { // source routes, record route, router alert, timestamps
-				add(header(me, imds.IPv4, unix.IPPROTO_TCP, 200, 0, options, syn(4020, netip.AddrPortFrom(imds.IPv4, 82))))
-				add(header(me, s.IP, unix.IPPROTO_TCP, 201, 0, options, syn(4021, netip.AddrPortFrom(s.IP, 80))))
-			}
-			segmentRouting := append([]byte{unix.IPPROTO_TCP, 2, 0, 1, 0, 0, 0, 0}, imds.IPv6.AsSlice()...) // type 0
-			add(header6(me6, s.IPv6, unix.IPPROTO_ROUTING, append(segmentRouting, syn(4030, to6)...)))
-			segmentRouting[2] = 4 // and 4
-			add(header6(me6, s.IPv6, unix.IPPROTO_ROUTING, append(slices.Clone(segmentRouting), syn(4031, to6)...)))
-			for _, next := range []byte{unix.IPPROTO_HOPOPTS, unix.IPPROTO_DSTOPTS} {
-				add(header6(me6, imds.IPv6, next, append([]byte{unix.IPPROTO_TCP, 0, 1, 4, 0, 0, 0, 0}, syn(4032, netip.AddrPortFrom(imds.IPv6, 83))...)))
-			}
-			add(header6(me6, imds.IPv6, unix.IPPROTO_FRAGMENT, append([]byte{unix.IPPROTO_TCP, 0, 0, 1, 0, 0, 0, 9}, whole[:8]...)),
-				header6(me6, imds.IPv6, unix.IPPROTO_FRAGMENT, append([]byte{unix.IPPROTO_TCP, 0, 0, 8, 0, 0, 0, 9}, whole[8:]...)))
-			// To the node and to the other pod: the endpoint is over here.
-			gateway := s.IP
-			for _, victim := range []netip.Addr{s.IP, s.victim.IPs[0]} {
-				quoted := header(victim, imds.IPv4, unix.IPPROTO_TCP, 1, 0, nil, make([]byte, 8))
-				redirect := append([]byte{5, 1, 0, 0}, me.AsSlice()...)
-				redirect = append(redirect, quoted...)
-				sum := checksum(redirect)
-				redirect[2], redirect[3] = byte(sum>>8), byte(sum)
-				for _, from := range []netip.Addr{gateway, netip.MustParseAddr("172.30.0.1"), me, imds.IPv4} {
-					add(header(from, victim, unix.IPPROTO_ICMP, 300, 0, nil, redirect))
-				}
-			}
-			sent, unsent := 0, 0
-			for _, b := range packets {
-				if err := w.send(b); err != nil { // the pod's own kernel may refuse to send it
-					unsent++
-				} else {
-					sent++
-				}
-			}
-			t.Logf("%d packets sent, %d not", sent, unsent)
-			if sent < 10_000 {
-				t.Errorf("only %d packets were sent", sent)
 			}
 			if _, err := ask(ctx, s.victim, http.MethodGet, "/latest/meta-data/placement/region", nil); err != nil {
 				t.Errorf("the daemon does not reach the real endpoint: %v", err)

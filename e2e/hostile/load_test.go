@@ -3,7 +3,6 @@ package hostile
 import (
 	"fmt"
 	"io"
-	"maps"
 	"net/http"
 	"os"
 	"os/exec"
@@ -29,7 +28,7 @@ func TestHostileLoad(t *testing.T) {
 	bystander := s.bystander(t)
 	// Below this it is the machine's scheduler that is measured; the least patient SDK waits half a second.
 	const floor = 2 * time.Millisecond
-	for _, kind := range slices.Sorted(maps.Keys(attacks)) {
+	for _, kind := range Floods() {
 		t.Run(kind, func(t *testing.T) {
 			attack := start(t, s.mallory, kind)
 			time.Sleep(300 * time.Millisecond) // all of its connections are there

@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
-	"regexp"
 	"testing"
 	"time"
 
@@ -29,10 +28,7 @@ func TestMain(m *testing.M) {
 	os.Exit(labtest.Main(m, func(l *lab.Lab) { shared = l }))
 }
 
-const (
-	endpoint  = "169.254.169.254:80"
-	endpoint6 = "[fd00:ec2::254]:80"
-)
+const endpoint6 = "[fd00:ec2::254]:80"
 
 // stage is a node with a daemon that holds no credentials of the node's, so that nothing but the table's paths may ever be
 // asked of the real endpoint.
@@ -145,10 +141,7 @@ func token(t testing.TB, p *lab.Pod) string {
 	return body
 }
 
-var (
-	accessKeys = regexp.MustCompile(`(?:ASIA|AKIA)[A-Z0-9]{8,}`)
-	nodes      = regexp.MustCompile(regexp.QuoteMeta(imds.Mark) + `|instance-profile/` + lab.NodeRole + `|(?:^|\n)` + lab.NodeRole + `(?:$|\n)`)
-)
+var nodes = ofNode(lab.NodeRole)
 
 // stolen says what an answer to the pod holds that is not the pod's.
 func (s *stage) stolen(p *lab.Pod, answer string) error {
@@ -170,27 +163,13 @@ func (s *stage) untouched(t testing.TB) {
 	labtest.Untouched(t, s.Node, imds.Expected{})
 }
 
-// speak writes to one connection, ends it there, and returns everything that is answered.
+// speak is Speak over one connection of the pod's.
 func speak(ctx context.Context, p *lab.Pod, to, raw string) (string, error) {
 	c, err := p.Dial(ctx, "tcp", to)
 	if err != nil {
 		return "", err
 	}
-	defer c.Close()
-	if err := c.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
-		return "", err
-	}
-	go func() {
-		_, _ = io.WriteString(c, raw) // may be answered and closed before all of it is read
-		if half, ok := c.(interface{ CloseWrite() error }); ok {
-			_ = half.CloseWrite()
-		}
-	}()
-	answer, err := io.ReadAll(c)
-	if len(answer) > 0 && !os.IsTimeout(err) {
-		err = nil // a reset after the answer: not all of the request was read
-	}
-	return string(answer), err
+	return Speak(c, raw)
 }
 
 // eventually waits for what only asking tells.
