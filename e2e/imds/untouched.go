@@ -47,7 +47,7 @@ func (s *Server) Untouched(ctx context.Context, pods []netip.Addr, node Expected
 		errs = append(errs, fmt.Errorf("a pod's request reached the node's metadata endpoint: %s", r))
 	}
 	for _, r := range s.Requests(node.Nodes...) {
-		if !node.permits(r) {
+		if !node.Permits(r) {
 			errs = append(errs, fmt.Errorf("the node sent a request to its metadata endpoint that no table of the daemon built: %s %v", r, r.Header))
 		}
 	}
@@ -63,7 +63,8 @@ func (s *Server) Untouched(ctx context.Context, pods []netip.Addr, node Expected
 	return errors.Join(errs...)
 }
 
-func (e Expected) permits(r Request) bool {
+// Permits tells whether a request of the node is one that the daemon builds, or the SDK's own for the node role.
+func (e Expected) Permits(r Request) bool {
 	// A pod's packet may leave with the node's address. What it says of itself is then all that tells.
 	if agent := r.Header.Get("User-Agent"); !strings.HasPrefix(agent, "imdsgate") && !strings.HasPrefix(agent, "aws-sdk-go-v2/") {
 		return false

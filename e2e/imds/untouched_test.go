@@ -35,7 +35,7 @@ func TestExpected(t *testing.T) {
 		{"GET", "/latest/user-data", daemon, Expected{NodeRole: true}, false},
 		{"GET", "/2009-04-04/meta-data/placement/region", daemon, Expected{}, false},
 	} {
-		if got := c.expected.permits(Request{Method: c.method, Target: c.target, Header: c.header}); got != c.want {
+		if got := c.expected.Permits(Request{Method: c.method, Target: c.target, Header: c.header}); got != c.want {
 			t.Errorf("%s %s with %v and %+v: %v, want %v", c.method, c.target, c.header, c.expected, got, c.want)
 		}
 	}
