@@ -3,6 +3,7 @@ package pods
 import (
 	"context"
 	"fmt"
+	"net/http"
 
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -29,7 +30,16 @@ func newClient(config *rest.Config) (*rest.RESTClient, runtime.ClientNegotiator,
 	c.AcceptContentTypes, c.ContentType = runtime.ContentTypeProtobuf+","+runtime.ContentTypeJSON, runtime.ContentTypeProtobuf
 	c.QPS, c.RateLimiter = -1, nil
 	c.WarningHandler = rest.NoWarnings{}
-	client, err := rest.RESTClientFor(c)
+	shared, err := rest.HTTPClientFor(c)
+	if err != nil {
+		return nil, nil, fmt.Errorf("API server client: %w", err)
+	}
+	// client-go would send the token to whatever host it is led to. An API server leads nobody anywhere.
+	hc := *shared // may be http.DefaultClient
+	hc.CheckRedirect = func(r *http.Request, _ []*http.Request) error {
+		return fmt.Errorf("it redirects to %s://%s, where imdsgate sends nothing: is this the API server?", r.URL.Scheme, r.URL.Host)
+	}
+	client, err := rest.RESTClientForConfigAndClient(c, &hc)
 	if err != nil {
 		return nil, nil, fmt.Errorf("API server client: %w", err)
 	}
@@ -40,6 +50,8 @@ func newClient(config *rest.Config) (*rest.RESTClient, runtime.ClientNegotiator,
 // there, it exists. In a DaemonSet our own pod is bound to it, so the right is not needed. An unknown name would otherwise
 // look like a node without pods: synced, and 503 for everybody.
 func (p *Pods) NodeExists(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, p.listTimeout)
+	defer cancel()
 	var list corev1.PodList
 	err := p.client.Get().Resource("pods").VersionedParams(&metav1.ListOptions{
 		FieldSelector: p.nodeSelector().String(), Limit: 1, ResourceVersion: "0",

@@ -18,7 +18,8 @@
 //  5. Waiting is for events, never polling, and an event wakes those alone whose IP it concerns. TestWait,
 //     TestWakesOnlyThoseConcerned, TestResultWakes
 //  6. A change of an annotation, or of the existence of an object, is effective with its event. TestDecisionFollowsObjects
-//  7. What is known stays known while the API server is away; what happened meanwhile is known after it. TestReconnect
+//  7. What is known stays known while the API server is away; what happened meanwhile is known after it. It is asked again after
+//     a pause, whatever it answers, and led by it nowhere else. TestReconnect, TestFaultyWatches, TestFaultyAnswers, TestNoRedirects
 //  8. Find takes no lock and does not allocate. TestFindWhileThingsChange
 //  9. Objects and files may hold anything: no panic, bounded memory. TestKeep, TestFlood, FuzzPodFacts, FuzzResult
 //  10. Run leaves nothing behind. TestRunEnds

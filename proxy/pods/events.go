@@ -27,9 +27,10 @@ const (
 	eventInterval  = 10 * time.Second // between reports of one reason about one pod that are looked at
 	eventBurst     = 5                // writes per object and reason, then one per eventRefill
 	eventRefill    = 5 * time.Minute
-	eventTextLimit = 1024      // the API's limit, in bytes
-	eventTTL       = time.Hour // the API server's default
-	eventSeries    = 1024      // remembered
+	eventTextLimit = 1024             // the API's limit, in bytes
+	eventTTL       = time.Hour        // the API server's default
+	eventSeries    = 1024             // remembered
+	eventTimeout   = 10 * time.Second // of a write, while the others wait
 )
 
 type report struct {
@@ -190,15 +191,17 @@ func (e *events) write(ctx context.Context, s *series, ev *corev1.Event) {
 		return // counted with the next
 	}
 	ev.Count = s.count
+	attempt, cancel := context.WithTimeout(ctx, eventTimeout)
+	defer cancel()
 	verb, err := "patch", error(nil)
 	if s.name != "" {
 		var patch []byte
 		if patch, err = json.Marshal(map[string]any{"count": ev.Count, "lastTimestamp": ev.LastTimestamp, "message": ev.Message}); err == nil {
-			err = e.client.Patch(types.MergePatchType).Namespace(ev.Namespace).Resource("events").Name(s.name).Body(patch).Do(ctx).Error()
+			err = e.client.Patch(types.MergePatchType).Namespace(ev.Namespace).Resource("events").Name(s.name).Body(patch).Do(attempt).Error()
 		}
 	}
 	if s.name == "" || apierrors.IsNotFound(err) { // Events expire
-		verb, err = "create", e.client.Post().Namespace(ev.Namespace).Resource("events").Body(ev).Do(ctx).Error()
+		verb, err = "create", e.client.Post().Namespace(ev.Namespace).Resource("events").Body(ev).Do(attempt).Error()
 		if err == nil {
 			s.name = ev.Name
 		}

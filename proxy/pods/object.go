@@ -28,6 +28,8 @@ const (
 	maxOpening = 4
 	// openTimeout ends the opening of a watch that the API server does not answer, and with it the wait of the others.
 	openTimeout = 30 * time.Second
+	// listTimeout is longer than an API server takes at most, which is a minute.
+	listTimeout = 70 * time.Second
 	// minWatch is how long an API server keeps a watch open at least; at most, twice that.
 	minWatch = 5 * time.Minute
 	// usualEvent has room for most events; etcd takes no object that maxEvent has not.
@@ -140,7 +142,7 @@ func (f *follower[O]) open(ctx context.Context) (end func(), err error) {
 			cancel()
 		}
 	}()
-	defer time.AfterFunc(openTimeout, cancel).Stop()
+	defer time.AfterFunc(f.pods.openTimeout, cancel).Stop()
 
 	seconds := int64((minWatch + rand.N(minWatch)).Seconds())
 	o := &metav1.ListOptions{
@@ -241,8 +243,10 @@ func (f *follower[O]) apply(kind watch.EventType, o runtime.Object) error {
 func (f *follower[O]) relist(ctx context.Context) error {
 	ns := f.used.name.Namespace
 	list := f.list.DeepCopyObject()
+	attempt, cancel := context.WithTimeout(ctx, f.pods.listTimeout)
+	defer cancel()
 	err := f.pods.client.Get().Resource(f.resource).NamespaceIfScoped(ns, ns != "").
-		VersionedParams(&metav1.ListOptions{FieldSelector: f.selector}, metav1.ParameterCodec).Do(ctx).Into(list)
+		VersionedParams(&metav1.ListOptions{FieldSelector: f.selector}, metav1.ParameterCodec).Do(attempt).Into(list)
 	f.pods.followed(ctx, f.following, "list", err)
 	if err != nil {
 		return err

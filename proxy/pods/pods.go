@@ -39,24 +39,25 @@ type Options struct {
 
 // Pods knows the pods of one node, their service accounts and their namespaces. It is safe for concurrent use.
 type Pods struct {
-	client     *rest.RESTClient
-	negotiator runtime.ClientNegotiator // reads streams
-	opening    chan struct{}            // has one for each watch that is being opened
-	buffers    sync.Pool                // of events while they are read: most of the time there is none
-	node       string
-	policy     *proxy.Policy
-	log        *slog.Logger
-	onChange   func(namespace, serviceAccount string)
-	events     *events
-	failures   failures
-	backoff    *wait.Backoff // between attempts to reach the API server; nil: client-go's, 0.8 s to 1 min
-	waiting    waiting
-	asked      chan struct{} // has one when a request waits for an IP that nobody has
-	hurries    *rate.Limiter // of pauses that end because of it
-	count      atomic.Int64
-	synced     chan struct{} // closed when it is
-	results    *results      // nil: off
-	found      [sources]prometheus.Counter
+	client                   *rest.RESTClient
+	negotiator               runtime.ClientNegotiator // reads streams
+	opening                  chan struct{}            // has one for each watch that is being opened
+	buffers                  sync.Pool                // of events while they are read: most of the time there is none
+	node                     string
+	policy                   *proxy.Policy
+	log                      *slog.Logger
+	onChange                 func(namespace, serviceAccount string)
+	events                   *events
+	failures                 failures
+	backoff                  *wait.Backoff // between attempts to reach the API server; nil: client-go's, 0.8 s to 1 min
+	openTimeout, listTimeout time.Duration // of one attempt
+	waiting                  waiting
+	asked                    chan struct{} // has one when a request waits for an IP that nobody has
+	hurries                  *rate.Limiter // of pauses that end because of it
+	count                    atomic.Int64
+	synced                   chan struct{} // closed when it is
+	results                  *results      // nil: off
+	found                    [sources]prometheus.Counter
 
 	ambiguous rate.Sometimes // log lines about IPs
 
@@ -89,12 +90,13 @@ func New(o Options) (*Pods, error) {
 		return nil, err
 	}
 	p := &Pods{
-		client:     client,
-		negotiator: negotiator,
-		opening:    make(chan struct{}, maxOpening),
-		buffers:    sync.Pool{New: func() any { return new(bytes.Buffer) }},
-		asked:      make(chan struct{}, 1),
-		hurries:    rate.NewLimiter(rate.Every(hurryEvery), 1),
+		client:      client,
+		negotiator:  negotiator,
+		opening:     make(chan struct{}, maxOpening),
+		buffers:     sync.Pool{New: func() any { return new(bytes.Buffer) }},
+		asked:       make(chan struct{}, 1),
+		hurries:     rate.NewLimiter(rate.Every(hurryEvery), 1),
+		openTimeout: openTimeout, listTimeout: listTimeout,
 		node:       o.Node,
 		policy:     o.Policy,
 		log:        o.Log,

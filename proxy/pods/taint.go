@@ -13,6 +13,8 @@ import (
 // RemoveTaint removes every taint with the given key from this node; none is success. The patch tests that nobody changed the
 // taints in between: then it fails and is to be tried again. It needs the permission to get and patch the node.
 func (p *Pods) RemoveTaint(ctx context.Context, key string) error {
+	ctx, cancel := context.WithTimeout(ctx, p.listTimeout)
+	defer cancel()
 	var node corev1.Node
 	if err := p.client.Get().Resource("nodes").Name(p.node).Do(ctx).Into(&node); err != nil {
 		return fmt.Errorf("get node %s: %w", p.node, explainForbidden(err, "get", "nodes"))

@@ -13,6 +13,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/apimachinery/pkg/watch"
 	kcache "k8s.io/client-go/tools/cache"
 )
@@ -99,14 +100,20 @@ func (p *Pods) reflect(ctx context.Context, w *following, into kcache.ReflectorS
 	lw.ListWithContextFunc = func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 		w.attempt.Lock()
 		defer w.attempt.Unlock()
-		l, err := list(ctx, o)
+		attempt, cancel := context.WithTimeout(ctx, p.listTimeout)
+		defer cancel()
+		l, err := list(attempt, o)
 		p.followed(ctx, w, "list", err)
 		return l, err
 	}
+	calm := calm{pauses: p.pauses}
 	lw.WatchFuncWithContext = func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+		if err := calm.wait(ctx); err != nil {
+			return nil, err
+		}
 		w.attempt.Lock()
 		defer w.attempt.Unlock()
-		stream, err := open(ctx, o)
+		stream, err := openWithin(ctx, p.openTimeout, func(ctx context.Context) (watch.Interface, error) { return open(ctx, o) })
 		if err == nil {
 			opened()
 		}
@@ -121,6 +128,56 @@ func (p *Pods) reflect(ctx context.Context, w *following, into kcache.ReflectorS
 	discard := logr.Discard()
 	kcache.NewReflectorWithOptions(lw, &corev1.Pod{}, into, kcache.ReflectorOptions{Name: w.resource, Logger: &discard, Backoff: p.backoff}).
 		RunWithContext(logr.NewContext(ctx, discard))
+}
+
+// calm waits before a watch when several before it ended at once. After some errors, such as an event 410, client-go opens the next
+// one without a pause, however often: 6,000 a second were counted.
+type calm struct {
+	pauses func() *wait.Backoff
+	pause  *wait.Backoff
+	early  int       // watches in a row that followed another one within a second
+	last   time.Time // was opened
+}
+
+func (c *calm) wait(ctx context.Context) error {
+	const usual = 2 // a watch that has expired, and then one that an old API server does not know
+	if time.Since(c.last) > time.Second {
+		c.early, c.pause = 0, c.pauses()
+	} else if c.early++; c.early > usual {
+		select {
+		case <-time.After(c.pause.Step()):
+		case <-ctx.Done():
+		}
+	}
+	c.last = time.Now()
+	return ctx.Err()
+}
+
+// openWithin opens a watch in time or not at all: while the API server does not answer, nothing else is tried.
+func openWithin(ctx context.Context, limit time.Duration, open func(context.Context) (watch.Interface, error)) (watch.Interface, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	timer := time.AfterFunc(limit, cancel)
+	stream, err := open(ctx)
+	if inTime := timer.Stop(); err == nil && inTime {
+		return ending{stream, cancel}, nil
+	}
+	cancel()
+	if err == nil {
+		stream.Stop()
+		err = ctx.Err()
+	}
+	return nil, err
+}
+
+// ending is a watch that ends its context.
+type ending struct {
+	watch.Interface
+	end context.CancelFunc
+}
+
+func (e ending) Stop() {
+	e.Interface.Stop()
+	e.end()
 }
 
 // followed notes how a list or the opening of a watch went.
