@@ -110,6 +110,7 @@ type request struct {
 	s     *Server
 	r     *http.Request
 	ip    netip.Addr
+	conn  *conn  // nil without Serve
 	name  string // what followed the entry's prefix
 	start time.Time
 	held  bool // had to wait for its caller
@@ -128,7 +129,7 @@ type answer struct {
 // serve is the only place that answers.
 func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	ip, conn := peer(r)
-	q := request{s: s, r: r, ip: ip, start: time.Now()}
+	q := request{s: s, r: r, ip: ip, conn: conn, start: time.Now()}
 	rt, name := s.routes.match(r.RequestURI)
 	q.name = name
 	a := q.answer(rt)
@@ -223,7 +224,11 @@ func (q request) checkToken() (issued, error) {
 		return issued{}, q.tokenRefused(errNoToken)
 	}
 	if len(values) == 1 {
-		if i, ok := q.s.tokens.check(q.ip, values[0], q.start); ok {
+		last := &shown{}
+		if q.conn != nil {
+			last = &q.conn.shown
+		}
+		if i, ok := q.s.tokens.checkAgain(last, q.ip, values[0], q.start); ok {
 			return i, nil
 		}
 	}

@@ -29,6 +29,7 @@ type conn struct {
 	served atomic.Int64  // when it was last answered, or else accepted: Unix nanoseconds
 	wait   time.Duration // before its next request is read, because its source has used up its time
 	begun  bool          // something has been read
+	shown  shown
 
 	deadlines deadlines
 

@@ -5,6 +5,7 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -47,6 +48,26 @@ func TestTokenOfEarlierHolder(t *testing.T) {
 	}
 }
 
+// What counted on a connection before its IP went to another pod counts no more.
+func TestTokenOfEarlierHolderOnItsConnection(t *testing.T) {
+	l := newLab(t)
+	l.warm(t, "role")
+	token := l.tokens.issue(podIPs["role"], time.Now().Add(-time.Minute), time.Hour)
+	c := dial(t, l.addr, podIPs["role"])
+	br := newReader(c)
+	for i, want := range []int{200, 200, 401, 401} {
+		if i == 2 {
+			next := caller("next", grant("team/my-role"), nil)
+			next.Since = time.Now().Add(-30 * time.Second)
+			l.callers.set(podIPs["role"], next, nil)
+		}
+		fmt.Fprintf(c, "GET %s/ HTTP/1.1\r\nHost: 169.254.169.254\r\n%s: %s\r\n\r\n", roleList, tokenHeader, token)
+		if r, err := readReply(br, "GET"); err != nil || r.StatusCode != want {
+			t.Fatalf("request %d: %v, %v, want %d", i, r, err, want)
+		}
+	}
+}
+
 // Tokens know their time to the millisecond: one of the millisecond in which the pod began counts.
 func TestTokenOfTheSameMillisecond(t *testing.T) {
 	second := time.Unix(1_800_000_000, 0)
@@ -61,7 +82,7 @@ func TestTokenOfTheSameMillisecond(t *testing.T) {
 		{0, 900 * time.Millisecond, true},
 		{900 * time.Millisecond, 0, false},
 	} {
-		if got := (issued{second.Add(tc.issued)}).before(second.Add(tc.since), second.Add(time.Hour)); got != tc.want {
+		if got := (issued{at: second.Add(tc.issued)}).before(second.Add(tc.since), second.Add(time.Hour)); got != tc.want {
 			t.Errorf("issued %v, since %v: %v", tc.issued, tc.since, got)
 		}
 	}
@@ -104,6 +125,41 @@ func TestTokenExpires(t *testing.T) {
 	}
 	if again := tokens.issue(ip, now.Add(time.Millisecond), time.Second); again == token {
 		t.Error("two tokens are the same")
+	}
+}
+
+// A connection's MAC is computed once, for exactly that text, and only as long as the token counts.
+func TestTokenShownAgain(t *testing.T) {
+	tokens := newTokens(make([]byte, 32))
+	ip, now := netip.MustParseAddr("10.1.2.3"), time.Now()
+	token := tokens.issue(ip, now, time.Second)
+	var last, none shown
+	for _, never := range []string{"", string(last.token[:]), token[:55], token[:55] + "=", tokens.issue(netip.MustParseAddr("10.1.2.4"), now, time.Hour)} {
+		if _, ok := tokens.checkAgain(&last, ip, never, now); ok || last != none {
+			t.Errorf("%q: %v, %v", never, ok, last)
+		}
+	}
+	first, ok := tokens.checkAgain(&last, ip, token, now)
+	if !ok || first.at.UnixMilli() != now.UnixMilli() {
+		t.Fatalf("%v, %v", first, ok)
+	}
+	forgetful := newTokens(bytes.Repeat([]byte{1}, 32)) // to which no MAC is right
+	for _, tc := range []struct {
+		last  shown
+		token string
+		after time.Duration
+		want  bool
+	}{
+		{last, token, 0, true}, {last, token, 990 * time.Millisecond, true}, {last, token, time.Second + time.Millisecond, false},
+		{last, token[:55], 0, false}, {last, token + "A", 0, false}, {last, "B" + token[1:], 0, false}, {none, token, 0, false},
+	} {
+		if i, ok := forgetful.checkAgain(&tc.last, ip, tc.token, now.Add(tc.after)); ok != tc.want || ok && i != first {
+			t.Errorf("%q after %v: %v, %v", tc.token, tc.after, i, ok)
+		}
+	}
+	next := tokens.issue(ip, now.Add(time.Millisecond), time.Minute)
+	if i, ok := tokens.checkAgain(&last, ip, next, now.Add(2*time.Second)); !ok || string(last.token[:]) != next || last.issued != i {
+		t.Errorf("the next token: %v, %v", i, ok)
 	}
 }
 
