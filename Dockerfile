@@ -24,9 +24,9 @@ RUN [ -e /debs/ca-certificates_*.deb ] || { mkdir -p /debs/partial && cd /debs &
       echo "APT::Architecture $TARGETARCH; APT::Architectures $TARGETARCH; Dir::State::status /none; Dir::Cache::archives /debs;" >/apt.conf && export APT_CONFIG=/apt.conf && \
       apt-get update && apt-get install -y --no-install-recommends --download-only iptables && apt-get download ca-certificates; }
 
-# Both back ends of iptables under their own names, by which a cleanup and -check find the one that is not in use, their extensions
-# and libraries; CA certificates. No shell. Their licences must go with them, and scanners
-# find packages by their control files.
+# Both back ends of iptables under their own names, by which a cleanup and -check find the one that is not in use, with their
+# extensions and libraries; CA certificates; no shell. Licences must go with what is copied, and scanners find packages by their
+# control files.
 FROM debian AS rootfs
 RUN set -eu; mkdir -p /rootfs/usr/lib /rootfs/usr/lib64 /rootfs/etc/ssl/certs /rootfs/var/lib/dpkg/status.d; cd /rootfs; ln -s usr/lib usr/lib64 .; \
     for deb in /debs/*.deb; do \

@@ -65,6 +65,7 @@ test-cluster: cluster-bins ## the chart on a real cluster of real kubelets, and 
 test-faults: deps ## every fault, in its full length, on a real cluster: half an hour; writes docs/faults.md (root)
 	@mkdir -p $(OUT)
 	cd e2e && FAULTS=long $(GOTESTSUM) --format standard-verbose --jsonfile $(OUT)/faults.test.json -- -count=1 -timeout 60m ./faults/...
+	cp $(OUT)/faults.md docs/
 
 test-torture: deps ## 1,000 pods of real kubelets through 14 addresses, each trying what the last holder left (root)
 	@mkdir -p $(OUT)

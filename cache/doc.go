@@ -20,16 +20,17 @@
 //     A namespace that has had more than a tenth of the calls goes after the others: whoever may annotate can make new keys
 //     without end. TestChangingKeysStarveNobody.
 //     An issuer that throttles is asked less often, by the whole node. TestPace, TestThrottledKeyStaysFirst, TestThunderingStart.
-//     TestBackOff, TestRememberedError, TestRetry, TestRate, TestAskedKeyComesFirst, TestAskedKeysInOrder, TestHangingIssuesStarveNobody.
+//     TestBackOff, TestRememberedError, TestRetry, TestRate, TestAskedKeyComesFirst, TestAskedKeysInOrder,
+//     TestHangingIssuesStarveNobody.
 //  7. Memory is bounded by the live keys: a key goes with its last pod. TestEviction, TestSharedKey.
 //  8. A value ends by the monotonic or by the wall clock, whichever is earlier. TestBothClocks, TestWallClockJump, TestClockAhead.
 //  9. No secret is reachable through fmt, slog, encoding/json or a metric. TestRedaction.
 //  10. What an earlier run kept is served for exactly its key, once that is live or asked for, until its session ends by any
 //     clock, and is refreshed when it would have been: neither a restart nor an update calls an issuer. Neither a file nor a
 //     value outlives its session or, once that was known, its last pod. No file and no disk can fail or delay an issue.
-//     TestRestart, TestRestarts, TestCallsOfADay, TestRollOutOfEveryNode, TestRestoredOfNobody, TestEvictionRemovesFile, TestUnusableFiles, TestUnusableDirectory, TestForeignOwner,
-//     TestFailingDirectory, TestFailingFile, TestKeptAtTheEnd, TestClocksAcrossRestart, TestFileNameHoldsEveryField,
-//     TestTwoInstances, FuzzRestore.
+//     TestRestart, TestRestarts, TestCallsOfADay, TestRollOutOfEveryNode, TestRestoredOfNobody, TestEvictionRemovesFile,
+//     TestUnusableFiles, TestUnusableDirectory, TestForeignOwner, TestFailingDirectory, TestFailingFile, TestKeptAtTheEnd,
+//     TestClocksAcrossRestart, TestFileNameHoldsEveryField, TestTwoInstances, FuzzRestore.
 //
 // An [Issuer] that panics fails that one issue: TestPanicDoesNotWedge.
 package cache

@@ -69,8 +69,8 @@ func rounds(t *testing.T, f family, priority uint32, l ruleList) (all []ruleOp) 
 	return all
 }
 
-// From any state, that of a repair that was broken off too, in any order, with other agents' rules between: the plan makes the guard whole; the node never
-// loses the endpoint by it, and once pods are refused they stay so.
+// From any state, that of a repair that was broken off too, in any order, with other agents' rules between: the plan makes the guard
+// whole; the node never loses the endpoint by it, and once pods are refused they stay so.
 func TestPlanGuardHoldsAtEveryStep(t *testing.T) {
 	for _, f := range families() {
 		for _, priority := range []uint32{0, 1, 100} {

@@ -47,8 +47,9 @@
 //
 // # What one pod may take
 //
-//   - 256 connections (Options.MaxConnectionsPerIP) of 1,024 in all, or a quarter of half the files that the process may open. HTTP/1 has one request at a time on each, so this bounds
-//     held requests and waiting goroutines too. What exceeds it is reset as soon as it is accepted.
+//   - 256 connections of 1,024 in all (Options.MaxConnectionsPerIP, MaxConnections), or of half the files that the process may
+//     open, if that is less, a quarter. HTTP/1 has one request at a time on each, so this bounds held requests and waiting
+//     goroutines too. What exceeds it is reset as soon as it is accepted.
 //   - When all are in use, a source IP that has fewer than another gets one of the greediest's: the one that was answered
 //     the longest ago. So every pod gets its share, however many others want everything, and nobody is reset while there is
 //     room. (TestConnectionsInAll, TestConnectionsOfManyGreedy)

@@ -19,8 +19,7 @@ import (
 // Limits of the pod-facing port. Every pod of the node can reach it, so none of them may be able to exhaust it.
 const (
 	defaultHold           = 450 * time.Millisecond // the AWS SDK for Go v2 gives up on a header after 500 ms
-	defaultConnections    = 1024
-	defaultConnectionsPer = 256
+	defaultConnectionsPer = DefaultMaxConnections / 4
 	readHeaderTimeout     = 5 * time.Second
 	writeTimeout          = 10 * time.Second
 	bodyTimeout           = 500 * time.Millisecond // for what is left of a body that nobody reads
@@ -32,6 +31,9 @@ const (
 	drainAccept           = 4 * time.Second // leaves what was accepted last the time for one whole hold
 	tokenRefusalRate      = 50              // 401s a second and source IP
 )
+
+// DefaultMaxConnections is how many connections pods have together, unless Options says otherwise.
+const DefaultMaxConnections = 1024
 
 // Options configure a Server. Callers, Credentials and TokenKey are required.
 type Options struct {
@@ -45,7 +47,7 @@ type Options struct {
 	MetadataAddr string   // host or host:port of the real endpoint; empty: 169.254.169.254
 	Allow        []string // further exact metadata paths to pass through, see ValidateAllow
 
-	MaxConnections      int // 0: 1024
+	MaxConnections      int // 0: DefaultMaxConnections
 	MaxConnectionsPerIP int // 0: 256
 
 	Log     *slog.Logger          // nil: nothing is logged
@@ -95,7 +97,7 @@ func NewServer(o Options) (*Server, error) {
 		o.Hold = defaultHold
 	}
 	if o.MaxConnections <= 0 {
-		o.MaxConnections = defaultConnections
+		o.MaxConnections = DefaultMaxConnections
 	}
 	if o.MaxConnectionsPerIP <= 0 {
 		o.MaxConnectionsPerIP = defaultConnectionsPer

@@ -92,8 +92,9 @@ func (t *tokens) check(ip netip.Addr, token string, now time.Time) (issued, bool
 	return i, now.Before(i.until)
 }
 
-// shown is the session token that last counted on a connection. SDKs show one for both of their requests, load tests for all: its MAC,
-// which is over the connection's own IP, would come out the same. The text is a copy: a header's string keeps the whole head in memory.
+// shown is the session token that last counted on a connection. SDKs show one for both of their requests, load tests for all: its
+// MAC, which is over the connection's own IP, would come out the same. The text is a copy: a header's string keeps the whole head in
+// memory.
 type shown struct {
 	token  [tokenRaw * 4 / 3]byte
 	issued issued
@@ -145,8 +146,8 @@ func parseTTL(s string) (time.Duration, bool) {
 }
 
 // LoadTokenKey reads the key for session tokens from token.key in dir, and makes both when they are missing, and the key when it
-// is not whole. Two daemons that start at once end with the same key. It refuses a directory or file that somebody other than root and this process
-// could have written, and symbolic links. With an empty dir it returns a random key that is not kept.
+// is not whole. Two daemons that start at once end with the same key. It refuses a directory or file that somebody other than root
+// and this process could have written, and symbolic links. With an empty dir it returns a random key that is not kept.
 func LoadTokenKey(dir string) ([]byte, error) {
 	if dir == "" {
 		return newTokenKey()

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+
+	"github.com/imdsgate/imdsgate/cache"
 )
 
 // What STS says about whose session it is must be true, where it says it.
@@ -42,6 +44,23 @@ func TestAnswerOfAnotherSession(t *testing.T) {
 				t.Errorf("%s of %q is final", op, arn)
 			}
 		}
+	}
+}
+
+// Servers with STS's interface may know no accounts, and answer with one all the same, or without.
+func TestSessionWithoutAccount(t *testing.T) {
+	key := cache.Key{RoleARN: "arn:aws:iam:::role/cart", SessionName: "s"}
+	for arn, want := range map[string]bool{
+		"arn:aws:sts:::assumed-role/cart/s": true, "arn:aws:sts::000000000000:assumed-role/cart/s": true,
+		"arn:aws:sts:::assumed-role/victim/s": false, "arn:aws:sts:::assumed-role/cart/other": false,
+	} {
+		if got := sessionOf(key, arn); got != want {
+			t.Errorf("%s: %v", arn, got)
+		}
+	}
+	key.RoleARN = "arn:aws:iam::123456789012:role/cart"
+	if sessionOf(key, "arn:aws:sts:::assumed-role/cart/s") {
+		t.Error("an account was asked for, and none answered")
 	}
 }
 

@@ -320,7 +320,8 @@ func sessionOf(key cache.Key, arn string) bool {
 		return true
 	}
 	role, name, _ := strings.Cut(session, "/")
-	return got[4] == asked[4] && name == key.SessionName && strings.EqualFold(role, asked[5][strings.LastIndexByte(asked[5], '/')+1:])
+	sameAccount := got[4] == asked[4] || asked[4] == "" // of servers that know no accounts
+	return sameAccount && name == key.SessionName && strings.EqualFold(role, asked[5][strings.LastIndexByte(asked[5], '/')+1:])
 }
 
 // Check finds out, for -check, whether STS can be reached and accepts the node's credentials, and whether the intermediate

@@ -201,7 +201,9 @@ func newDaemon(ctx context.Context, c *Config, log *slog.Logger) (*daemon, error
 
 // podConnections is how many connections pods may have, given how many files may be open: at most half of them, or a pod that opens
 // connections would keep the daemon from everything else, and the other pods out.
-func podConnections(files uint64) int { return int(max(1, min(files/2, 1024))) }
+func podConnections(files uint64) int {
+	return int(max(1, min(files/2, proxy.DefaultMaxConnections)))
+}
 
 // newIssuer makes the issuer and completes the policy with what only the node knows.
 func newIssuer(ctx context.Context, c *Config, policy *proxy.Policy, token tokenFunc, log *slog.Logger, metrics prometheus.Registerer) (*sts.STS, error) {

@@ -68,14 +68,15 @@
 // # When a pod began to use its IP
 //
 // Caller.Since must never be later than the pod's own first session token, or the pod would be refused; the later it is
-// otherwise, the fewer tokens of an IP's earlier holder count. For an IP with a CNI result it is the result's time, which is never
-// later than what it says: the kernel stamps files with the start of its tick, file systems round down, and the runtime starts
-// the first container when the result is written. It is skipped if it lies in the future (TestResultTime). For any other IP it is one of these, whichever
-// is latest (TestSince):
+// otherwise, the fewer tokens of an IP's earlier holder count. For an IP with a CNI result it is the time of the result's file: the
+// runtime starts the first container when the result is written, and the time that is kept is never later than that, because the
+// kernel stamps files with the start of its tick and file systems round down. One in the future is skipped (TestResultTime). For any
+// other IP it is one of these, whichever is latest (TestSince):
 //
 //   - status.startTime, to the second: the kubelet, whose clock is this node's, writes it before it makes the sandbox.
 //   - The start of the pod's first container, less 10 s, while no container has restarted: nobody in the pod can ask for a
-//     token before, but containerd notes the start only after the process has begun. A pod that was Pending for an hour is bounded by this one; startTime would leave the hour open.
+//     token before, but containerd notes the start only after the process has begun. A pod that was Pending for an hour is bounded
+//     by this one; startTime would leave the hour open.
 //   - For pods that a watch told of: the moment it did, less 5 s for its delay. While the watch catches up after it was away,
 //     the moment it went away, less 5 s. TestFirstSeen, TestFirstSeenByTheWatch
 //
