@@ -36,7 +36,7 @@ func TestLabAPIServerGone(t *testing.T) {
 	if _, err := waitLog(ctx, late, "172.30.0.1:6443"); err != nil {
 		t.Errorf("a daemon that starts without the API server does not say so: %v", err)
 	}
-	eventually(t, func() error { return wantStatus(waiting, roleList, 503) })
+	labtest.Eventually(t, func() error { return wantStatus(waiting, roleList, 503) })
 	for range 5 {
 		if _, doc, err := credentials(ctx, known); err != nil || doc.AccessKeyId != first.AccessKeyId {
 			t.Errorf("without the API server, a known pod's cached credentials are not served: %v", err)

@@ -31,7 +31,7 @@ func TestLabChanges(t *testing.T) {
 	p := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart"})
 	gets := func(role string) {
 		t.Helper()
-		eventually(t, func() error {
+		labtest.Eventually(t, func() error {
 			_, doc, err := credentials(ctx, p)
 			if err == nil {
 				err = owned(n, doc, role)
@@ -41,7 +41,7 @@ func TestLabChanges(t *testing.T) {
 	}
 	is := func(status int) {
 		t.Helper()
-		eventually(t, func() error { return wantStatus(p, roleList, status) })
+		labtest.Eventually(t, func() error { return wantStatus(p, roleList, status) })
 	}
 	gets(first)
 	second := serviceAccount(t, n, shop, "cart", "second")

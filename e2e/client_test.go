@@ -117,7 +117,7 @@ func credentials(ctx context.Context, p *lab.Pod) (role string, d document, err 
 // answered, within the hold. Any other refusal ends an SDK's search, and must not come first; nor may another role's credentials.
 func served(t *testing.T, n *lab.Node, p *lab.Pod, role string) (d document) {
 	t.Helper()
-	eventually(t, func() (err error) {
+	labtest.Eventually(t, func() (err error) {
 		if _, d, err = credentials(labtest.Context(t), p); err != nil && !errors.Is(err, errNotYet) {
 			t.Fatal(err)
 		}

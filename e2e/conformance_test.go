@@ -220,7 +220,7 @@ func newConforming(t *testing.T, flags ...string) *conforming {
 	}
 	// STS's refusal is remembered from here on.
 	session := map[string]string{"X-Aws-Ec2-Metadata-Token": token(t, c.pods["sts-denied"])}
-	eventually(t, func() error {
+	labtest.Eventually(t, func() error {
 		status, body, err := ask(ctx, c.pods["sts-denied"], http.MethodGet, endpoint+roleList, session)
 		if err == nil && status != 403 {
 			err = fmt.Errorf("STS refuses the role, the answer is %d: %s", status, body)

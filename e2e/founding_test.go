@@ -1,7 +1,6 @@
 package e2e_test
 
 import (
-	"context"
 	"os"
 	"os/exec"
 	"regexp"
@@ -88,7 +87,7 @@ func TestLabAssumeRole(t *testing.T) {
 	with := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart"})
 	without := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "visitor"})
 
-	eventually(t, func() error { return wantStatus(with, roleList, 403) }) // before the namespace consents
+	labtest.Eventually(t, func() error { return wantStatus(with, roleList, 403) }) // before the namespace consents
 	_, refusal := get(t, with, roleList)
 	event, err := with.WaitEvent(ctx, "RoleDenied")
 	if err != nil {
@@ -107,7 +106,7 @@ func TestLabAssumeRole(t *testing.T) {
 	if err := shared.Namespace(ctx, shop, map[string]string{name: value}); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, func() error { return wantStatus(with, roleList, 200) })
+	labtest.Eventually(t, func() error { return wantStatus(with, roleList, 200) })
 
 	lists(t, n, with, role)
 	listsNothing(t, n, without)
@@ -186,7 +185,7 @@ func listsNothing(t *testing.T, n *lab.Node, p *lab.Pod) {
 	needCLI(t)
 	ctx := labtest.Context(t)
 	before := len(n.AWS.Calls())
-	soon(t, "an answer without a role", 1500*time.Millisecond, func() { eventually(t, func() error { return wantStatus(p, roleList, 404) }) })
+	soon(t, "an answer without a role", 1500*time.Millisecond, func() { labtest.Eventually(t, func() error { return wantStatus(p, roleList, 404) }) })
 	_, text := get(t, p, roleList)
 	if !strings.Contains(text, roleAnnotation) {
 		t.Errorf("the answer does not say what is missing: %s", text)
@@ -219,23 +218,5 @@ func listsNothing(t *testing.T, n *lab.Node, p *lab.Pod) {
 	}
 	if after := len(n.AWS.Calls()); after != before {
 		t.Errorf("AWS was called %d times", after-before)
-	}
-}
-
-// eventually repeats check until it has nothing to say: for what only an answer to a question tells.
-func eventually(t *testing.T, check func() error) {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
-	for {
-		err := check()
-		if err == nil {
-			return
-		}
-		select {
-		case <-time.After(25 * time.Millisecond):
-		case <-ctx.Done():
-			t.Fatal(err)
-		}
 	}
 }

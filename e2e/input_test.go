@@ -71,7 +71,7 @@ func TestLabMalformedAnnotations(t *testing.T) {
 			}
 			p := labtest.Pod(t, n, lab.PodSpec{Namespace: namespace, ServiceAccount: "app", Annotations: c.pod})
 			var body string
-			eventually(t, func() error {
+			labtest.Eventually(t, func() error {
 				status, b, err := ask(ctx, p, http.MethodGet, endpoint+roleList, nil)
 				if body = b; err == nil && status != c.status {
 					err = fmt.Errorf("the answer is %d, want %d: %s", status, c.status, b)
@@ -126,7 +126,7 @@ func TestLabCredentialsFailed(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart"})
-	eventually(t, func() error { return wantStatus(p, roleList, 403) })
+	labtest.Eventually(t, func() error { return wantStatus(p, roleList, 403) })
 	_, text := get(t, p, roleList)
 	e, err := p.WaitEvent(ctx, "CredentialsFailed")
 	if err != nil {
@@ -143,7 +143,7 @@ func TestLabCredentialsFailed(t *testing.T) {
 		t.Fatal(err)
 	}
 	// A new pod of the account is reason enough to try again at once; otherwise the back-off decides.
-	eventually(t, func() error {
+	labtest.Eventually(t, func() error {
 		_, doc, err := credentials(ctx, p)
 		if err == nil {
 			err = owned(n, doc, role)

@@ -57,7 +57,7 @@ func TestLabNothingReachesTheEndpoint(t *testing.T) {
 			served := func(state string) {
 				t.Helper()
 				var doc document
-				eventually(t, func() (err error) { // a daemon that has just started may have to wait for STS
+				labtest.Eventually(t, func() (err error) { // a daemon that has just started may have to wait for STS
 					if _, doc, err = credentials(ctx, pods[0]); err != nil {
 						err = fmt.Errorf("%s: %w", state, err)
 					}

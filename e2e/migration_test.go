@@ -76,8 +76,8 @@ func TestLabFromOldDaemon(t *testing.T) {
 					t.Error(err)
 				}
 			}
-			if _, out, err := n.RunDaemon(ctx, lab.DaemonOptions{Flags: append([]string{"-check"}, c.flags...)}); err != nil || !strings.Contains(out, "8181") {
-				t.Errorf("-check says nothing of the old daemon's rule: %v\n%s", err, out)
+			if code, out, err := n.RunDaemon(ctx, lab.DaemonOptions{Flags: append([]string{"-check"}, c.flags...)}); err != nil || code != 1 || !strings.Contains(out, "8181") {
+				t.Errorf("-check says nothing of the old daemon's rule: %d %v\n%s", code, err, out)
 			}
 
 			if err := d.Stop(ctx); err != nil {

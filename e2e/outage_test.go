@@ -25,7 +25,7 @@ func TestLabRestartWithoutSTSAndAPIServer(t *testing.T) {
 	till := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "till"})
 	had := served(t, n, cart, role)
 	served(t, n, till, tills)
-	eventually(t, func() error { return filesOfSessions(n, 2) })
+	labtest.Eventually(t, func() error { return filesOfSessions(n, 2) })
 	d.Kill()
 	if err := shared.ServiceAccount(ctx, shop, "till", nil); err != nil { // while nobody looks, it loses its role
 		t.Fatal(err)
@@ -49,7 +49,7 @@ func TestLabRestartWithoutSTSAndAPIServer(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, p := range []*lab.Pod{cart, till} {
-		eventually(t, func() error { return wantStatus(p, roleList, http.StatusServiceUnavailable) })
+		labtest.Eventually(t, func() error { return wantStatus(p, roleList, http.StatusServiceUnavailable) })
 		resp, err := getResponse(ctx, p, roleList+p.ServiceAccount)
 		if err != nil || resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") != "1" {
 			t.Errorf("%s's document without the API server: %+v, %v", p.ServiceAccount, resp, err)

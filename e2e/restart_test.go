@@ -25,7 +25,7 @@ func TestLabRestartWithoutSTS(t *testing.T) {
 	till := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "till"})
 	had := served(t, n, cart, role)
 	served(t, n, till, lost)
-	eventually(t, func() error { return filesOfSessions(n, 2) })
+	labtest.Eventually(t, func() error { return filesOfSessions(n, 2) })
 	if info, err := os.Stat(filepath.Join(n.Dir(), "run", "imdsgate", "credentials")); err != nil {
 		t.Error(err)
 	} else if info.Mode().Perm() != 0o700 {
@@ -77,6 +77,6 @@ func TestLabRestartWithoutSTS(t *testing.T) {
 	if err := cart.Delete(ctx); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, func() error { return filesOfSessions(n, 1) }) // the other's, which nobody may have, goes when it expires
+	labtest.Eventually(t, func() error { return filesOfSessions(n, 1) }) // the other's, which nobody may have, goes when it expires
 	labtest.Untouched(t, n, imds.Expected{})
 }

@@ -76,7 +76,7 @@ func TestLabRolesDocument(t *testing.T) {
 				return
 			}
 			till := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "till"})
-			eventually(t, func() error { return wantStatus(till, roleList, http.StatusForbidden) })
+			labtest.Eventually(t, func() error { return wantStatus(till, roleList, http.StatusForbidden) })
 			if _, body := get(t, till, roleList); !strings.Contains(body, "AccessDenied") {
 				t.Errorf("another service account is answered %s", body)
 			}

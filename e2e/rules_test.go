@@ -52,14 +52,14 @@ func TestLabRulesFlushed(t *testing.T) {
 			if _, err := n.Run(ctx, "sh", "-c", flush); err != nil {
 				t.Fatal(err)
 			}
-			eventually(t, func() error {
+			labtest.Eventually(t, func() error {
 				if now := repairs("redirect"); now <= before {
 					return fmt.Errorf("after %q nothing was repaired", flush)
 				}
 				return nil
 			})
 		})
-		eventually(t, func() error { return freshStatus(ctx, p, 200) })
+		labtest.Eventually(t, func() error { return freshStatus(ctx, p, 200) })
 	}
 	if err := stop(); err != nil {
 		t.Error(err)
@@ -87,7 +87,7 @@ func TestLabRulesFlushed(t *testing.T) {
 		if out, err := n.Run(ctx, "sh", "-c", remove); err != nil {
 			t.Fatal(err, out)
 		}
-		eventually(t, func() error {
+		labtest.Eventually(t, func() error {
 			if now := repairs("guard"); now <= before {
 				return fmt.Errorf("after %q nothing was repaired", remove)
 			}
@@ -155,7 +155,7 @@ func TestLabCleanup(t *testing.T) {
 	before := rules()
 	d := labtest.Daemon(t, n, "-issuer", "web-identity")
 	p := labtest.Pod(t, n, lab.PodSpec{})
-	eventually(t, func() error { return wantStatus(p, roleList, 404) })
+	labtest.Eventually(t, func() error { return wantStatus(p, roleList, 404) })
 	if rules() == before {
 		t.Fatal("the daemon installed nothing")
 	}
@@ -269,7 +269,7 @@ func TestLabHandover(t *testing.T) {
 		}
 		return m[`imdsgate_repairs_total{what="redirect"}`]
 	}
-	eventually(t, func() error {
+	labtest.Eventually(t, func() error {
 		if repairs(owner) == 0 {
 			return errors.New("the newcomer repairs nothing")
 		}

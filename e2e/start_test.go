@@ -145,7 +145,7 @@ func TestLabCannotStart(t *testing.T) {
 				if _, err := waitLog(ctx, d, c.says...); err != nil {
 					t.Error(err)
 				}
-				eventually(t, func() error { // it has just been started
+				labtest.Eventually(t, func() error { // it has just been started
 					_, err := d.Ops(ctx, "/healthz")
 					return err
 				})
@@ -247,7 +247,7 @@ func TestLabMissingPermissions(t *testing.T) {
 			if err := d.WaitReady(ctx); err != nil {
 				t.Fatal(err)
 			}
-			eventually(t, func() error {
+			labtest.Eventually(t, func() error {
 				_, doc, err := credentials(ctx, p)
 				if err == nil {
 					err = owned(n, doc, role)

@@ -45,7 +45,7 @@ func TestLabReusedIP(t *testing.T) {
 					t.Errorf("while it terminates: %v", err)
 				}
 			} else {
-				eventually(t, func() error { return wantStatus(earlier, roleList, 503) })
+				labtest.Eventually(t, func() error { return wantStatus(earlier, roleList, 503) })
 			}
 
 			if err := earlier.Unplug(); err != nil {
@@ -53,7 +53,7 @@ func TestLabReusedIP(t *testing.T) {
 			}
 			later := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "new", IP: earlier.IPs[0]})
 			if name == "terminating" { // until the daemon has heard of the later one, the address is the earlier one's
-				eventually(t, func() error {
+				labtest.Eventually(t, func() error {
 					if status, body := get(t, later, roleList); status != http.StatusOK || body != "new" {
 						return fmt.Errorf("the list is %d %s", status, body)
 					}
@@ -84,7 +84,7 @@ func TestLabSessionTokens(t *testing.T) {
 	}
 	listed := func(p *lab.Pod) {
 		t.Helper()
-		eventually(t, func() error { return wantStatus(p, roleList, 200) })
+		labtest.Eventually(t, func() error { return wantStatus(p, roleList, 200) })
 	}
 	pod := func(s lab.PodSpec) *lab.Pod {
 		t.Helper()
@@ -239,7 +239,7 @@ func TestLabLastMinute(t *testing.T) {
 		t.Fatal(err)
 	}
 	times := 0
-	eventually(t, func() error {
+	labtest.Eventually(t, func() error {
 		_, doc, err := credentials(ctx, p)
 		if err != nil {
 			return wantStatus(p, roleList, 503)

@@ -158,7 +158,7 @@ func TestLabRefreshTogether(t *testing.T) {
 	if _, err := n.AWS.WaitCalls(ctx, keys, func(c aws.Call) bool { return c.Outcome == aws.OK }); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, func() error {
+	labtest.Eventually(t, func() error {
 		m, err := d.Metrics(ctx)
 		if err == nil && m[`imdsgate_credentials_entries{state="ready"}`] != keys {
 			err = fmt.Errorf("%v sessions are ready", m[`imdsgate_credentials_entries{state="ready"}`])

@@ -5,6 +5,7 @@ package broken_test
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"html"
 	"io"
 	"net/http"
@@ -13,7 +14,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -355,16 +355,11 @@ func (tt broken) test(t *testing.T, n *lab.Node, d *lab.Daemon, operator *lab.No
 		}
 	}
 
-	var status int
 	var body string
-	waiting, stop := context.WithTimeout(ctx, time.Minute)
-	defer stop()
-	for status != tt.status || !strings.Contains(body, fix) {
-		if waiting.Err() != nil {
-			t.Fatalf("the answer is %d %s", status, body)
-		}
-		status, body = get(ctx, t, asking)
-	}
+	labtest.Eventually(t, func() (err error) {
+		body, err = answers(ctx, t, asking, tt.status, fix)
+		return err
+	})
 	holds("the answer", body, told, fix)
 	if len(body) > 1<<10 {
 		t.Errorf("the answer has %d bytes", len(body))
@@ -417,12 +412,10 @@ func (tt broken) test(t *testing.T, n *lab.Node, d *lab.Daemon, operator *lab.No
 	if out, err := operator.Run(ctx, "sh", "-euc", kubectl+strings.ReplaceAll(command, "kubectl ", kubectl)); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	for status != http.StatusOK {
-		if ctx.Err() != nil {
-			t.Fatalf("after %q the answer is %d %s", command, status, body)
-		}
-		status, body = get(ctx, t, asking)
-	}
+	labtest.Eventually(t, func() error {
+		_, err := answers(ctx, t, asking, http.StatusOK, "")
+		return err
+	})
 }
 
 // kubectl is the lab's.
@@ -457,6 +450,16 @@ func podOf(ctx context.Context, t *testing.T, d *lab.Daemon, namespace string) p
 	}
 	t.Fatalf("/debug/pods knows no pod in %s: %s", namespace, text)
 	return pod{}
+}
+
+// answers asks for the pod's role and complains about another status, or an answer without the text.
+func answers(ctx context.Context, t *testing.T, p *lab.Pod, want int, text string) (string, error) {
+	t.Helper()
+	status, body := get(ctx, t, p)
+	if status != want || !strings.Contains(body, text) {
+		return body, fmt.Errorf("pod %s is answered %d, want %d and %q: %s", p.Name, status, want, text, body)
+	}
+	return body, nil
 }
 
 // get asks for the pod's role.

@@ -1,13 +1,14 @@
 package broken_test
 
 import (
+	"context"
+	"fmt"
 	"html"
 	"net/http"
 	"net/url"
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
@@ -127,9 +128,22 @@ func (o other) tells(t *testing.T, n *lab.Node, d *lab.Daemon, p *lab.Pod, wantC
 	}
 	for who, text := range map[string]string{"the page": html.UnescapeString(page), "-check": out} {
 		if !strings.Contains(text, o.says) || !strings.Contains(text, o.fix) {
-			t.Errorf("%s does not say %q and %q:\n%s", who, o.says, o.fix, out)
+			t.Errorf("%s does not say %q and %q:\n%s", who, o.says, o.fix, text)
 		}
 	}
+}
+
+// pageThatSays is the status page, as soon as it says a text.
+func pageThatSays(ctx context.Context, t *testing.T, d *lab.Daemon, says string) (page string) {
+	t.Helper()
+	labtest.Eventually(t, func() error {
+		text, err := d.Debug(ctx, "/")
+		if page = html.UnescapeString(text); err == nil && !strings.Contains(page, says) {
+			err = fmt.Errorf("the page does not say %q: %s", says, page)
+		}
+		return err
+	})
+	return page
 }
 
 // TestNotBroken: what the page and -check say of pods that get nothing here, or not what was asked for, and that is all right.
@@ -165,14 +179,10 @@ func TestNotBroken(t *testing.T) {
 	conflict := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart", Annotations: map[string]string{"iam.amazonaws.com/role": base + "other"}})
 	long := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "long"})
 	for _, p := range []*lab.Pod{conflict, long, disabled, proxied} {
-		if status, body := get(ctx, t, p); status != http.StatusOK {
-			for status != http.StatusOK && ctx.Err() == nil {
-				status, body = get(ctx, t, p)
-			}
-			if status != http.StatusOK {
-				t.Fatalf("%s: %d %s", p.Name, status, body)
-			}
-		}
+		labtest.Eventually(t, func() error {
+			_, err := answers(ctx, t, p, http.StatusOK, "")
+			return err
+		})
 	}
 	others["host network"].tells(t, n, d, host, 1)
 	others["irsa"].tells(t, n, d, irsa, 0)
@@ -271,18 +281,11 @@ func TestPermissionMissing(t *testing.T) {
 	}
 	p := labtest.Pod(t, n, lab.PodSpec{ServiceAccount: "cart"})
 	d := labtest.Launch(t, n, lab.DaemonOptions{})
-	for status := 0; status != http.StatusServiceUnavailable; status, _ = get(ctx, t, p) {
-		if ctx.Err() != nil {
-			t.Fatalf("the answer is %d", status)
-		}
-	}
-	var page string
-	for err := error(nil); err != nil || !strings.Contains(page, others["permission"].says); page, err = d.Debug(ctx, "/") {
-		if ctx.Err() != nil {
-			t.Fatalf("the page never says it: %v %s", err, page)
-		}
-	}
-	if !strings.Contains(page, "Not ready") {
+	labtest.Eventually(t, func() error {
+		_, err := answers(ctx, t, p, http.StatusServiceUnavailable, "")
+		return err
+	})
+	if !strings.Contains(pageThatSays(ctx, t, d, others["permission"].says), "Not ready") {
 		t.Error("the page says it is ready")
 	}
 	others["permission"].tells(t, n, d, p, 1)
@@ -292,7 +295,7 @@ func TestPermissionMissing(t *testing.T) {
 	}
 }
 
-// TestEventsForbidden: pods are served without the right to write Events, and the operator hears that nobody else hears anything.
+// TestEventsForbidden: pods are answered without the right to write Events, and the operator hears that nobody else hears anything.
 func TestEventsForbidden(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t)
@@ -308,7 +311,11 @@ func TestEventsForbidden(t *testing.T) {
 	if err != nil || code != 0 || !strings.Contains(out, o.says) || !strings.Contains(out, "fix: "+o.fix) {
 		t.Errorf("-check ends with %d %v: %s", code, err, out)
 	}
-	get(ctx, t, labtest.Pod(t, n, lab.PodSpec{ServiceAccount: "cart"}))
+	p := labtest.Pod(t, n, lab.PodSpec{ServiceAccount: "cart"})
+	labtest.Eventually(t, func() error {
+		_, err := answers(ctx, t, p, http.StatusNotFound, "")
+		return err
+	})
 	if _, err := d.Log().Wait(ctx, "cannot write an event", o.says); err != nil {
 		t.Error(err)
 	}
@@ -346,11 +353,10 @@ func TestTokenForbidden(t *testing.T) {
 	p := labtest.Pod(t, n, lab.PodSpec{Namespace: shop, ServiceAccount: "cart"})
 	d := labtest.Daemon(t, n, "-issuer", "web-identity")
 	o := others["token"]
-	for status, body := 0, ""; status != http.StatusServiceUnavailable || !strings.Contains(body, o.fix); status, body = get(ctx, t, p) {
-		if ctx.Err() != nil {
-			t.Fatalf("the answer is %d %s", status, body)
-		}
-	}
+	labtest.Eventually(t, func() error {
+		_, err := answers(ctx, t, p, http.StatusServiceUnavailable, o.fix)
+		return err
+	})
 	e, err := p.WaitEvent(ctx, "CredentialsFailed")
 	if err != nil || !strings.Contains(e.Message, o.fix) {
 		t.Errorf("Event %+v, %v", e, err)
@@ -358,7 +364,7 @@ func TestTokenForbidden(t *testing.T) {
 	o.tells(t, n, d, p, 1)
 }
 
-// TestForeignRule: the rule of an agent that is gone is named by the page and by -check, and served pods are served on.
+// TestForeignRule: the rule of an agent that is gone is named by the page and by -check.
 func TestForeignRule(t *testing.T) {
 	t.Parallel()
 	ctx := labtest.Context(t)
@@ -369,15 +375,9 @@ func TestForeignRule(t *testing.T) {
 		t.Fatal(err)
 	}
 	o := others["foreign rule"]
-	var page string
-	for err := error(nil); err != nil || !strings.Contains(html.UnescapeString(page), o.says); page, err = d.Debug(ctx, "/") {
-		if ctx.Err() != nil {
-			t.Fatalf("the page never says it: %v %s", err, page)
-		}
-		time.Sleep(100 * time.Millisecond) // the page looks at the rules every ten seconds
-	}
+	page := pageThatSays(ctx, t, d, o.says) // it looks at the rules every ten seconds
 	code, out, err := n.RunDaemon(ctx, lab.DaemonOptions{Flags: []string{"-check"}})
-	if err != nil || code != 1 || !strings.Contains(out, o.says) || !strings.Contains(out, "fix: "+o.fix) || !strings.Contains(html.UnescapeString(page), o.fix) {
+	if err != nil || code != 1 || !strings.Contains(out, o.says) || !strings.Contains(out, "fix: "+o.fix) || !strings.Contains(page, o.fix) {
 		t.Errorf("-check ends with %d %v: %s", code, err, out)
 	}
 }
@@ -443,12 +443,7 @@ func TestNodesName(t *testing.T) {
 	flags := []string{"-node", "ip-10-0-0-1"}
 	d := labtest.Daemon(t, n, flags...)
 	says := others["node's name"].says
-	var page string
-	for err := error(nil); err != nil || !strings.Contains(page, says); page, err = d.Debug(ctx, "/") {
-		if ctx.Err() != nil {
-			t.Fatalf("the page never says it: %v %s", err, page)
-		}
-	}
+	pageThatSays(ctx, t, d, says)
 	code, out, err := n.RunDaemon(ctx, lab.DaemonOptions{Flags: append(flags, "-check")})
 	if err != nil || code != 1 || !strings.Contains(out, says) {
 		t.Errorf("-check ends with %d %v: %s", code, err, out)

@@ -52,6 +52,24 @@ func Context(t testing.TB) context.Context {
 	return ctx
 }
 
+// Eventually repeats check, for a minute, until it has nothing to say: for what only an answer to a question tells.
+func Eventually(t testing.TB, check func() error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	for {
+		err := check()
+		if err == nil {
+			return
+		}
+		select {
+		case <-time.After(25 * time.Millisecond):
+		case <-ctx.Done():
+			t.Fatal(err)
+		}
+	}
+}
+
 // Node adds a node for the test.
 func Node(t testing.TB, l *lab.Lab, o lab.NodeOptions) *lab.Node {
 	t.Helper()
