@@ -34,7 +34,8 @@
 //   - A session token counts for the source IP that asked for it, until it expires, and not for the next holder of the IP.
 //     (TestTokenOfEarlierHolder, FuzzToken)
 //   - The caller is the TCP peer of the connection, looked up anew for every request. No header counts.
-//     (TestIdentityIsThePeer)
+//     (TestIdentityIsThePeer) The connection is that pod's from then on, and reset when the IP is another's: what was not acknowledged
+//     would be sent to the next holder. (TestConnectionsOfAnEarlierHolder)
 //   - A route that needs a pod or a role has it as an argument.
 //   - A request is held at most Options.Hold, for its pod to be known and for STS together. Then it is 503.
 //     (TestHold, TestHoldEnds)

@@ -31,6 +31,9 @@ type conn struct {
 	begun  bool          // something has been read
 	shown  shown
 
+	of      atomic.Pointer[Caller] // who was identified on it last; nil: nobody
+	closing atomic.Bool
+
 	deadlines deadlines
 
 	accepted int64         // when; Unix nanoseconds
@@ -45,7 +48,23 @@ type conn struct {
 	ready   []byte // completed, not passed on yet
 }
 
+// Close may be called more than once.
 func (c *conn) Close() error {
+	if c.perRead > 0 || c.shares == nil {
+		return c.end()
+	}
+	if c.closing.Swap(true) {
+		return nil
+	}
+	if acknowledged(c.Conn) {
+		return c.end()
+	}
+	err := c.CloseWrite()
+	go c.linger()
+	return err
+}
+
+func (c *conn) end() error {
 	defer c.stopDeadlines()
 	if c.shares != nil {
 		defer c.shares.release(c)

@@ -51,8 +51,18 @@ func addrOf(a net.Addr) netip.Addr {
 	return ap.Addr().Unmap()
 }
 
-// identify looks up anew for every request who holds the source IP, and waits for it if need be. held says that it waited.
+// identify looks up anew for every request who holds the source IP, and waits for it if need be. held says that it waited. From then
+// on the connection is that pod's, and is reset when the IP is another's.
 func (q request) identify() (c *Caller, held bool, err error) {
+	for {
+		moves := q.conn.moves()
+		if c, held, err = q.find(); err != nil || q.conn.belongs(c, moves) {
+			return c, held, err
+		}
+	}
+}
+
+func (q request) find() (c *Caller, held bool, err error) {
 	c, err = q.s.callers.Find(q.ip)
 	if err == nil {
 		return c, false, nil

@@ -8,8 +8,9 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // maxRateKeys bounds how many keys a rateLimits remembers. A node has some hundred pods.
@@ -99,6 +100,7 @@ type source struct {
 	ip    netip.Addr
 	conns map[*conn]struct{}
 	used  atomic.Int64 // Unix nanoseconds: the moment at which everything charged so far is paid for
+	moves atomic.Int64 // how often it has become another pod's
 }
 
 // What a source is charged, in time of its own; it has one second a second. These are several times what the daemon's
@@ -251,22 +253,14 @@ const (
 )
 
 // boundBuffers keeps clients that never read, or that send faster than is read, from making the kernel's buffers grow: it
-// would charge their megabytes to the daemon. Connections inherit what their listener has.
+// would charge their megabytes to the daemon. Nor are they kept for who does not acknowledge. Connections inherit what their listener
+// has.
 func boundBuffers(l net.Listener) error {
-	tcp, ok := l.(*net.TCPListener)
-	if !ok {
-		return nil
-	}
-	raw, err := tcp.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var set error
-	err = raw.Control(func(fd uintptr) {
-		set = errors.Join(syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, receiveBuffer),
-			syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_SNDBUF, sendBuffer))
+	return control(l, func(fd int) error {
+		return errors.Join(unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, receiveBuffer),
+			unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, sendBuffer),
+			unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(unacknowledged.Milliseconds())))
 	})
-	return errors.Join(err, set)
 }
 
 // listener closes at once what exceeds the shares, so that one pod's connections never keep another's from being accepted.
@@ -322,10 +316,7 @@ func (l *listener) Accept() (net.Conn, error) {
 
 func (l *listener) refuse(c net.Conn) {
 	l.refused()
-	if tcp, ok := c.(*net.TCPConn); ok {
-		_ = tcp.SetLinger(0) // no TIME_WAIT for a flood
-	}
-	_ = c.Close()
+	reset(c) // no TIME_WAIT for a flood
 }
 
 // pay charges the connection's source for an answer.

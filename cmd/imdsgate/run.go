@@ -171,6 +171,7 @@ func newDaemon(ctx context.Context, c *Config, log *slog.Logger) (*daemon, error
 			d.cache.Retry(namespace, serviceAccount)
 			d.cache.Wake()
 		},
+		OnMove: func(ip netip.Addr, uid string) { d.server.Moved(ip, uid) },
 	})
 	if err != nil {
 		return nil, err

@@ -23,7 +23,7 @@ import (
 	"github.com/imdsgate/imdsgate/proxy"
 )
 
-// Options are what New needs. All are required but OnChange and CNIResults.
+// Options are what New needs. All are required but OnChange, OnMove and CNIResults.
 type Options struct {
 	Config  *rest.Config // rate limit and content type are set here
 	Node    string       // spec.nodeName of the pods that are served
@@ -33,6 +33,9 @@ type Options struct {
 	// OnChange is told that the keys of a service account's pods may have changed: a pod came or went, or one of the
 	// objects that decide changed. It is called from several goroutines, without locks held; events wait while it runs.
 	OnChange func(namespace, serviceAccount string)
+	// OnMove is told that what Find says about an IP has changed: it is the pod's with this UID, or nobody's if that is empty. It is
+	// called as OnChange is.
+	OnMove func(ip netip.Addr, uid string)
 	// CNIResults is libcni's directory of results, the second source of who holds an IP. Empty: the API server alone.
 	CNIResults string
 }
@@ -46,6 +49,7 @@ type Pods struct {
 	node                     string
 	policy                   *proxy.Policy
 	log                      *slog.Logger
+	onMove                   func(ip netip.Addr, uid string)
 	onChange                 func(namespace, serviceAccount string)
 	events                   *events
 	failures                 failures
@@ -101,6 +105,7 @@ func New(o Options) (*Pods, error) {
 		policy:     o.Policy,
 		log:        o.Log,
 		onChange:   o.OnChange,
+		onMove:     o.OnMove,
 		failures:   failures{now: make(map[*following]error), logged: make(map[string]time.Time)},
 		synced:     make(chan struct{}),
 		ambiguous:  rate.Sometimes{First: 10, Interval: time.Minute},

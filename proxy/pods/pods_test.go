@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -1290,4 +1291,34 @@ func TestExplain(t *testing.T) {
 	if _, ok := h.Explain("shop", "zzz"); ok {
 		t.Error("explains a pod that is not there")
 	}
+}
+
+// Whoever answers by IP is told of each change of what Find says, when Find says it.
+func TestOnMove(t *testing.T) {
+	a := newAPIServer(t)
+	shop(a)
+	a.put(podOf("a", "cart", []string{"10.0.0.1"}))
+	h := newHarness(t, a, testPolicy())
+	var mu sync.Mutex
+	var moves []string
+	h.onMove = func(ip netip.Addr, uid string) {
+		if c, err := h.Find(ip); err == nil && c.Pod.UID != uid {
+			t.Errorf("%s is %s's, told %s", ip, c.Pod.UID, uid)
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		if uid = ip.String() + " " + uid; len(moves) == 0 || moves[len(moves)-1] != uid {
+			moves = append(moves, uid)
+		}
+	}
+	h.run(t)
+	mustWait(t, h.Pods, "10.0.0.1")
+	a.delete(podOf("a", "cart", nil))
+	a.put(podOf("b", "cart", []string{"10.0.0.1"}))
+	want := []string{"10.0.0.1 ", "10.0.0.1 uid-a", "10.0.0.1 ", "10.0.0.1 uid-b"} // first it is not decided
+	poll(t, "the moves", func() bool {
+		mu.Lock()
+		defer mu.Unlock()
+		return slices.Equal(moves, want)
+	})
 }

@@ -58,6 +58,7 @@ func (p *Pods) update(apply func(*change)) {
 	p.mu.Unlock()
 	for ip := range c.ips {
 		p.waiting.wake(ip)
+		p.moved(ip)
 	}
 	for _, r := range c.reports {
 		p.events.report(r)
@@ -70,6 +71,19 @@ func (p *Pods) update(apply func(*change)) {
 	if synced {
 		p.log.Info("pods synced", "node", p.node, "pods", p.count.Load())
 	}
+}
+
+// moved tells whose an IP is now.
+func (p *Pods) moved(ip netip.Addr) {
+	table := p.table.Load()
+	if p.onMove == nil || table == nil {
+		return
+	}
+	uid := ""
+	if c := (*table)[ip].caller; c != nil {
+		uid = c.Pod.UID
+	}
+	p.onMove(ip, uid)
 }
 
 // publish replaces the table if answers changed, and reduces c.ips to those.
