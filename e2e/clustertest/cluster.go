@@ -84,7 +84,8 @@ type Cluster struct {
 	top, bin, name, dir string
 }
 
-// Up brings a cluster up: its control plane and nodes, without imdsgate.
+// Up brings a cluster up: its control plane and nodes, without imdsgate. What there is of it when it fails is returned with the error,
+// for Down.
 func Up(ctx context.Context, o Options) (*Cluster, error) {
 	top, err := module()
 	if err != nil {
@@ -95,10 +96,10 @@ func Up(ctx context.Context, o Options) (*Cluster, error) {
 		Fabric: control.NewClient(filepath.Join(o.runDir(), "fabric.sock")),
 	}
 	if _, err := c.script(ctx, o.env(), "up"); err != nil {
-		return nil, err
+		return c, err
 	}
 	if c.Config, err = clientcmd.BuildConfigFromFlags("", c.Kubeconfig()); err != nil {
-		return nil, err
+		return c, err
 	}
 	c.Config.QPS = -1
 	c.Kube, err = kubernetes.NewForConfig(c.Config)

@@ -20,16 +20,17 @@ func Main(m *testing.M, o Options, use func(*Cluster)) int {
 	_, err := os.Stat(filepath.Join(o.runDir(), "options"))
 	keep := err == nil || os.Getenv("CLUSTER_KEEP") != ""
 	c, err := Up(ctx, o)
-	if err != nil {
+	code := 1
+	if err == nil {
+		use(c)
+		code = m.Run()
+	} else {
 		fmt.Fprintln(os.Stderr, err)
-		return 1
 	}
-	use(c)
-	code := m.Run()
-	if keep {
+	if keep || c == nil {
 		return code
 	}
-	if err := c.Down(ctx); err != nil {
+	if err := c.Down(context.Background()); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}

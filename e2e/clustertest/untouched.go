@@ -2,7 +2,6 @@ package clustertest
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"testing"
 
@@ -12,18 +11,22 @@ import (
 
 // Mark is a moment in the memory of the real metadata endpoint.
 type Mark struct {
+	fabric   *control.Client
 	requests int
 	packets  map[imds.Packets]int
 }
 
 // Mark remembers what has reached the real metadata endpoint up to now.
-func (c *Cluster) Mark(ctx context.Context) (Mark, error) {
-	requests, err := c.Fabric.Requests(ctx, 0)
+func (c *Cluster) Mark(ctx context.Context) (Mark, error) { return NewMark(ctx, c.Fabric) }
+
+// NewMark is Mark for who has no Cluster.
+func NewMark(ctx context.Context, fabric *control.Client) (Mark, error) {
+	requests, err := fabric.Requests(ctx, 0)
 	if err != nil {
 		return Mark{}, err
 	}
-	m := Mark{requests: len(requests), packets: map[imds.Packets]int{}}
-	packets, err := c.Fabric.Packets(ctx)
+	m := Mark{fabric: fabric, requests: len(requests), packets: map[imds.Packets]int{}}
+	packets, err := fabric.Packets(ctx)
 	for _, p := range packets {
 		n := p.Count
 		p.Count = 0
@@ -32,48 +35,41 @@ func (c *Cluster) Mark(ctx context.Context) (Mark, error) {
 	return m, err
 }
 
-// Untouched says whether the real metadata endpoint has been, since the mark, as pods may leave it: no packet of a pod has
-// arrived, on any port, in any protocol, and every request of a node is one that the daemon builds from its table, or the
-// SDK's own for the node role. It cannot tell pods from nodes in a cluster with Options.Masquerade, and takes hostNetwork pods
-// for the node.
-func (c *Cluster) Untouched(ctx context.Context, since Mark, e imds.Expected) error {
-	var errs []error
-	packets, err := c.Fabric.Packets(ctx)
+// Reached is what has reached the endpoint since and must not have: packets of anybody but the nodes, on any port, in any protocol;
+// packets of nodes that are not HTTP's; requests that neither the daemon builds from its table nor the SDK for the node role. It
+// cannot tell pods from nodes in a cluster with Options.Masquerade, and takes hostNetwork pods for the node.
+func (m Mark) Reached(ctx context.Context, e imds.Expected) (found []string, err error) {
+	packets, err := m.fabric.Packets(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, p := range packets {
 		key := p
 		key.Count = 0
-		p.Count -= since.packets[key]
-		node, pod := control.NodeOf(p.Source)
-		switch {
-		case p.Count == 0:
-		case pod:
-			errs = append(errs, fmt.Errorf("a pod of node%d reached the real metadata endpoint: %s", node, p))
-		case node != 0 && (p.Protocol != "tcp" || p.Port != 80):
-			errs = append(errs, fmt.Errorf("node%d sent something else than HTTP to its metadata endpoint: %s", node, p))
+		if p.Count -= m.packets[key]; p.Count == 0 {
+			continue
+		}
+		if node, pod := control.NodeOf(p.Source); node == 0 || pod || p.Protocol != "tcp" || p.Port != 80 {
+			found = append(found, p.String())
 		}
 	}
-	requests, err := c.Fabric.Requests(ctx, since.requests)
-	if err != nil {
-		return err
-	}
+	requests, err := m.fabric.Requests(ctx, m.requests)
 	for _, r := range requests {
-		switch node, pod := control.NodeOf(r.Source); {
-		case pod:
-			errs = append(errs, fmt.Errorf("a request of a pod of node%d reached the real metadata endpoint: %s", node, r))
-		case !e.Permits(r):
-			errs = append(errs, fmt.Errorf("node%d sent a request that no table of the daemon built: %s %v", node, r, r.Header))
+		if node, pod := control.NodeOf(r.Source); node == 0 || pod || !e.Permits(r) {
+			found = append(found, fmt.Sprint(r, " ", r.Header))
 		}
 	}
-	return errors.Join(errs...)
+	return found, err
 }
 
-// AssertUntouched fails the test unless the endpoint is untouched since the mark.
-func (c *Cluster) AssertUntouched(t testing.TB, since Mark, e imds.Expected) {
+// AssertUntouched fails the test if anything has reached the endpoint since that must not have.
+func (m Mark) AssertUntouched(t testing.TB, e imds.Expected) {
 	t.Helper()
-	if err := c.Untouched(t.Context(), since, e); err != nil {
+	found, err := m.Reached(t.Context(), e)
+	if err != nil {
 		t.Error(err)
+	}
+	if len(found) > 0 {
+		t.Errorf("the nodes' real metadata endpoint was reached: %d times, such as %s", len(found), found[0])
 	}
 }

@@ -348,7 +348,7 @@ func (f *fault) done(e expect) {
 	if f.row.Node+f.row.Foreign+f.row.Expired > 0 {
 		f.Errorf("WRONG CREDENTIALS: %d of the node, %d of others, %d expired", f.row.Node, f.row.Foreign, f.row.Expired)
 	}
-	f.AssertUntouched(f.T, f.mark, imds.Expected{NodeRole: true})
+	f.mark.AssertUntouched(f.T, imds.Expected{NodeRole: true})
 	f.row.Whole = f.whole.Sub(f.since).Seconds()
 	if whole := f.whole.Sub(f.since); whole > e.whole {
 		f.Errorf("whole again after %s, not within %s", whole.Round(10*time.Millisecond), e.whole)

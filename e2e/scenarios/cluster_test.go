@@ -20,6 +20,7 @@ import (
 
 	"github.com/imdsgate/imdsgate/e2e/aws"
 	"github.com/imdsgate/imdsgate/e2e/cluster/control"
+	"github.com/imdsgate/imdsgate/e2e/clustertest"
 	"github.com/imdsgate/imdsgate/e2e/imds"
 	"github.com/imdsgate/imdsgate/e2e/scenarios/sequence"
 )
@@ -30,8 +31,8 @@ type scenario struct {
 	*lab
 	ctx      context.Context
 	start    time.Time
-	requests int
-	packets  map[imds.Packets]int
+	expected imds.Expected // of the nodes, at the real endpoint
+	mark     clustertest.Mark
 }
 
 // beginScenario starts a scenario, which may take so long. At its end the real metadata endpoint is asked who reached it.
@@ -40,7 +41,7 @@ func beginScenario(t *testing.T, limit time.Duration) *scenario {
 	// Not the test's: that one ends before what is to be cleaned up.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), limit)
 	t.Cleanup(cancel)
-	s := &scenario{T: t, lab: shared, ctx: ctx, start: time.Now()}
+	s := &scenario{T: t, lab: shared, ctx: ctx, start: time.Now(), expected: imds.Expected{NodeRole: true}}
 	s.breach()
 	t.Cleanup(s.sealed)
 	return s
@@ -61,41 +62,16 @@ func (s *scenario) figures(format string, args ...any) {
 // breach forgets what has reached the endpoint up to now: the scenario has opened it.
 func (s *scenario) breach() {
 	s.Helper()
-	rs, err := s.fabric.Requests(s.ctx, 0)
+	var err error
+	s.mark, err = clustertest.NewMark(s.ctx, s.fabric)
 	s.must(err)
-	s.requests, s.packets = len(rs), map[imds.Packets]int{}
-	ps, err := s.fabric.Packets(s.ctx)
-	s.must(err)
-	for _, p := range ps {
-		n := p.Count
-		p.Count = 0
-		s.packets[p] = n
-	}
 }
 
 // reached is what has reached the endpoint since the beginning and should not have.
 func (s *scenario) reached() []string {
 	s.Helper()
-	var found []string
-	ps, err := s.fabric.Packets(s.ctx)
+	found, err := s.mark.Reached(s.ctx, s.expected)
 	s.must(err)
-	for _, p := range ps {
-		n := p.Count
-		p.Count = 0
-		if p.Count = n - s.packets[p]; p.Count == 0 {
-			continue
-		}
-		if node, pod := control.NodeOf(p.Source); node == 0 || pod || p.Protocol != "tcp" || p.Port != 80 {
-			found = append(found, p.String())
-		}
-	}
-	rs, err := s.fabric.Requests(s.ctx, s.requests)
-	s.must(err)
-	for _, r := range rs {
-		if node, pod := control.NodeOf(r.Source); node == 0 || pod || !(imds.Expected{NodeRole: true}).Permits(r) {
-			found = append(found, r.String())
-		}
-	}
 	return found
 }
 
@@ -217,7 +193,7 @@ func (s *scenario) tryKubectl(args ...string) (string, error) {
 
 // --- objects
 
-// namespace makes one for the scenario, with the service account app. It goes with the scenario.
+// newNamespace makes one for the scenario. It goes with it.
 func (s *scenario) newNamespace(name string, annotations map[string]string) {
 	s.Helper()
 	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name, Annotations: annotations}}
