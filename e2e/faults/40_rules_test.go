@@ -53,6 +53,13 @@ ip -6 rule del pref 0 to fd00:ec2::254 unreachable`},
 			if c.flushes {
 				defer f.keepOthers(c.node, "nat filter")()
 			}
+			if c.after != "" {
+				t.Cleanup(func() {
+					if said := f.onNodeNow(c.node, c.after); said != "" {
+						t.Error(said)
+					}
+				})
+			}
 			f.strikes(c.node, c.command)
 			f.restored(c.node, "iptables", before)
 			f.wait("a repair that is counted", func() error {
@@ -69,9 +76,6 @@ ip -6 rule del pref 0 to fd00:ec2::254 unreachable`},
 				e.why, e.kinds = noRedirect, closed
 			}
 			f.done(e)
-			if c.after != "" {
-				f.onNode(c.node, c.after)
-			}
 		})
 	}
 }

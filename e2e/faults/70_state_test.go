@@ -34,7 +34,9 @@ func (f *fault) smallState() {
 	f.onNode(1, fmt.Sprintf(`cp -a %[1]s /run/kept; mount -t tmpfs -o size=64k,mode=0700 tmpfs %[1]s; cp -a /run/kept/. %[1]s; rm -rf /run/kept`, stateDir))
 	f.must(f.rollout(f.ctx))
 	f.Cleanup(func() {
-		f.onNodeNow(1, fmt.Sprintf("umount -l %s", stateDir))
+		if said := f.onNodeNow(1, "umount -l "+stateDir); said != "" {
+			f.Error(said)
+		}
 		f.must(f.rollout(f.ctx))
 	})
 	f.quiet()

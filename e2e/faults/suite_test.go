@@ -39,7 +39,7 @@ var shared *suite
 
 func TestMain(m *testing.M) { os.Exit(run(m)) }
 
-func run(m *testing.M) int {
+func run(m *testing.M) (code int) {
 	start := time.Now()
 	say := func(format string, args ...any) {
 		fmt.Fprintf(os.Stderr, "[%5.1f s] %s\n", time.Since(start).Seconds(), fmt.Sprintf(format, args...))
@@ -47,7 +47,7 @@ func run(m *testing.M) int {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	defer cancel()
 	s, err := begin(ctx, say)
-	if s != nil {
+	if s != nil && s.Cluster != nil {
 		defer func() {
 			var err error
 			if os.Getenv("FAULTS_KEEP") == "" {
@@ -57,6 +57,7 @@ func run(m *testing.M) int {
 			}
 			if err != nil {
 				say("clean up: %v", err)
+				code = 1
 			}
 		}()
 	}
@@ -65,7 +66,7 @@ func run(m *testing.M) int {
 		return 1
 	}
 	shared = s
-	code := m.Run()
+	code = m.Run()
 	if err := s.report.write(); err != nil {
 		say("%v", err)
 		return 1
@@ -86,7 +87,7 @@ func begin(ctx context.Context, say func(string, ...any)) (_ *suite, err error) 
 	images := []string{"pause"}
 	say("starting node 1: bridge CNI, kube-proxy in iptables mode")
 	if s.Cluster, err = clustertest.Up(ctx, clustertest.Options{Name: clusterName, Nodes: 1, Images: images}); err != nil {
-		return nil, err
+		return s, err
 	}
 	say("starting node 2: ptp CNI, kube-proxy in nftables mode")
 	if err := s.Node(2).Up(ctx, clustertest.Options{CNI: "ptp", ProxyMode: "nftables", Images: images}); err != nil {
