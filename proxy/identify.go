@@ -37,18 +37,27 @@ func peer(r *http.Request) (netip.Addr, *conn) {
 	if err != nil {
 		return netip.Addr{}, nil
 	}
-	return ap.Addr().Unmap(), nil
+	return sourceOf(ap.Addr()), nil
 }
 
 func addrOf(a net.Addr) netip.Addr {
 	if tcp, ok := a.(*net.TCPAddr); ok {
-		return tcp.AddrPort().Addr().Unmap()
+		return sourceOf(tcp.AddrPort().Addr())
 	}
 	ap, err := netip.ParseAddrPort(a.String())
 	if err != nil {
 		return netip.Addr{}
 	}
-	return ap.Addr().Unmap()
+	return sourceOf(ap.Addr())
+}
+
+// sourceOf is the address by which a peer is known: unmapped, and of the link-local ones of IPv6 one for the whole link. They are no
+// pod's identity, and whoever is on a link has as many of them as it likes: each would have a share of what the pods have to share.
+func sourceOf(ip netip.Addr) netip.Addr {
+	if ip = ip.Unmap(); ip.Is6() && ip.IsLinkLocalUnicast() {
+		return netip.AddrFrom16([16]byte{0xfe, 0x80}).WithZone(ip.Zone())
+	}
+	return ip
 }
 
 // identify looks up anew for every request who holds the source IP, and waits for it if need be. held says that it waited. From then

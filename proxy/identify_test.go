@@ -20,7 +20,8 @@ func (noCredentials) Get(context.Context, cache.Key) (*cache.Credentials, error)
 
 func TestPeer(t *testing.T) {
 	for remote, want := range map[string]string{
-		"10.1.2.3:80": "10.1.2.3", "[::ffff:10.1.2.3]:80": "10.1.2.3", "[fd00::1]:80": "fd00::1", "nonsense": "invalid IP", "": "invalid IP",
+		"10.1.2.3:80": "10.1.2.3", "[::ffff:10.1.2.3]:80": "10.1.2.3", "[fd00::1]:80": "fd00::1", "[fe80::1%veth1]:80": "fe80::%veth1",
+		"[febf::2%veth1]:80": "fe80::%veth1", "169.254.172.2:80": "169.254.172.2", "nonsense": "invalid IP", "": "invalid IP",
 	} {
 		r := httptest.NewRequest(http.MethodGet, "/", nil)
 		r.RemoteAddr = remote

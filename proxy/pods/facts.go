@@ -67,6 +67,9 @@ func podFacts(o *corev1.Pod) facts {
 		}
 	}
 	f.ended = f.phase == corev1.PodSucceeded || f.phase == corev1.PodFailed || f.terminating && containersEnded(&o.Status)
+	if f.ended {
+		f.annotations = nil // nothing is decided any more, and thousands of such pods may be left on a node
+	}
 	if t := o.Status.StartTime; t != nil {
 		f.started = t.Time
 	}

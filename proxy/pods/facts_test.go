@@ -18,6 +18,12 @@ func TestKeep(t *testing.T) {
 	if len(f.annotations) != 2 || len(f.annotations[proxy.AnnotationPodRole]) != maxAnnotation || f.annotations[proxy.AnnotationPodExternalID] != "id" {
 		t.Errorf("kept %d annotations, %d bytes of the role", len(f.annotations), len(f.annotations[proxy.AnnotationPodRole]))
 	}
+	for _, end := range [][]func(*corev1.Pod){{phase(corev1.PodFailed)}, {phase(corev1.PodSucceeded)}, {terminating, ended}} {
+		f := podFacts(podOf("a", "cart", nil, append(end, annotated(proxy.AnnotationPodRole, long, "typo.amazonaws.com/role", "arn:aws:iam::1:role/a"))...))
+		if f.annotations != nil {
+			t.Errorf("of a pod that has ended %d annotations are kept", len(f.annotations))
+		}
+	}
 	if o := accountFacts(account("a", "other", long)); o.annotations != nil {
 		t.Error("kept what nobody reads")
 	}
