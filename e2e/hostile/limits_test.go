@@ -216,3 +216,30 @@ func TestLimitHopLimit(t *testing.T) {
 		t.Errorf("a pod gets a token: %s", b[:n])
 	}
 }
+
+// A nat chain of nftables' own that is made later than ours is asked first at the same priority, and iptables does not show it. The
+// portmap plugin's nftables back end makes one that leads port 80 of every address to the pod with that host port.
+func TestLimitForeignChain(t *testing.T) {
+	t.Parallel()
+	ctx := labtest.Context(t)
+	s := newStage(t, lab.NodeOptions{IPv4Only: true})
+	ln, err := s.mallory.Net.Listen(ctx, "tcp", at(s.mallory.IPs[0], 8080))
+	if err != nil {
+		t.Fatal(err)
+	}
+	app := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "hello") })}
+	go func() { _ = app.Serve(ln) }()
+	defer app.Close()
+	s.on(t, "nft 'add table ip hostports; add chain ip hostports pre { type nat hook prerouting priority dstnat; };"+
+		" add rule ip hostports pre tcp dport 80 dnat to "+at(s.mallory.IPs[0], 8080)+"'")
+	s.victim.HTTP().CloseIdleConnections() // what is open stays where it leads
+	if got, err := ask(ctx, s.victim, http.MethodGet, list+"/", nil); err != nil || got != "hello" {
+		t.Errorf("another pod is answered %q, %v", got, err)
+	}
+	s.on(t, "nft delete table ip hostports")
+	s.victim.HTTP().CloseIdleConnections()
+	if err := s.own(ctx, s.victim); err != nil {
+		t.Error(err)
+	}
+	s.untouched(t)
+}
