@@ -77,9 +77,9 @@ func TestScenarioUninstall(t *testing.T) {
 	for node := 1; node <= 2; node++ {
 		s.holds(s.ask(ns, fmt.Sprint("p", node)), role)
 		// -check tells the operator.
-		out, _ := s.tryKubectl("-n", namespace, "exec", s.daemonPod(node), "--", "/imdsgate", "-check")
-		if !strings.Contains(out, "8181") {
-			t.Errorf("node %d: -check does not name the other agent's rule:\n%s", node, out)
+		out, err := s.tryKubectl("-n", namespace, "exec", s.daemonPod(node), "--", "/imdsgate", "-check")
+		if err == nil || !strings.Contains(out, "8181") {
+			t.Errorf("node %d: -check does not name the other agent's rule: %v\n%s", node, err, out)
 		}
 		s.onNode(node, "iptables", "-t", "nat", "-D", "PREROUTING", "!", "-i", "eth0", "-d", "169.254.169.254/32", "-p", "tcp", "--dport", "80",
 			"-j", "DNAT", "--to-destination", fmt.Sprintf("172.30.0.1%d:8181", node))

@@ -86,7 +86,8 @@ func TestScenarioReader(t *testing.T) {
 	// docs/diagnosis.md: why it gets nothing.
 	s.kubectl("annotate", "namespace", "shop", "iam.amazonaws.com/allowed-roles=[]", "--overwrite")
 	s.askUntil("shop", "cart-1", "the namespace permits nothing", func(r sequence.Result) bool { return r.Code == 403 })
-	said := r.types("docs/diagnosis.md", "/imdsgate -check shop/cart-1", "/imdsgate -check shop/cart-1", "/imdsgate -check shop/cart-1 || true")
+	// It is not served: the exit code is 1, and no other.
+	said := r.types("docs/diagnosis.md", "/imdsgate -check shop/cart-1", "/imdsgate -check shop/cart-1", "/imdsgate -check shop/cart-1 && exit 9 || test $? = 1")
 	if fix := "kubectl annotate namespace shop iam.amazonaws.com/allowed-roles="; !strings.Contains(said, nodeName(1)) || !strings.Contains(said, fix) {
 		t.Errorf("-check shop/cart-1 does not name node and fix:\n%s", said)
 	} else {

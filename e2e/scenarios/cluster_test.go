@@ -345,7 +345,8 @@ func answer(p *corev1.Pod) (r sequence.Result, err error) {
 	if t.ExitCode != 0 {
 		return r, fmt.Errorf("the probe ended with %d: %s", t.ExitCode, t.Message)
 	}
-	return r, json.Unmarshal([]byte(t.Message), &r)
+	err = json.Unmarshal([]byte(t.Message), &r)
+	return r, err
 }
 
 // once runs a pod that asks once.

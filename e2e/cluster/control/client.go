@@ -80,7 +80,8 @@ func Provider() aws.Provider {
 
 // Calls are those that AWS saw after the first n, oldest first.
 func (c *Client) Calls(ctx context.Context, after int) (calls []aws.Call, err error) {
-	return calls, c.do(ctx, http.MethodGet, "/aws/calls", url.Values{"after": {strconv.Itoa(after)}}, nil, &calls)
+	err = c.do(ctx, http.MethodGet, "/aws/calls", url.Values{"after": {strconv.Itoa(after)}}, nil, &calls)
+	return calls, err
 }
 
 // WaitCall waits for a call after the first n that matches.
@@ -102,7 +103,8 @@ func (c *Client) WaitCall(ctx context.Context, after int, match func(aws.Call) b
 
 // Owner says whose an access key is.
 func (c *Client) Owner(ctx context.Context, accessKeyID string) (o Owner, err error) {
-	return o, c.do(ctx, http.MethodGet, "/aws/owner", url.Values{"key": {accessKeyID}}, nil, &o)
+	err = c.do(ctx, http.MethodGet, "/aws/owner", url.Values{"key": {accessKeyID}}, nil, &o)
+	return o, err
 }
 
 // Inject makes a fault strike calls from now on, until remove.
@@ -131,10 +133,12 @@ func (c *Client) StartAWS(ctx context.Context) error {
 
 // Requests are those that reached the real metadata endpoint after the first n.
 func (c *Client) Requests(ctx context.Context, after int) (rs []imds.Request, err error) {
-	return rs, c.do(ctx, http.MethodGet, "/imds/requests", url.Values{"after": {strconv.Itoa(after)}}, nil, &rs)
+	err = c.do(ctx, http.MethodGet, "/imds/requests", url.Values{"after": {strconv.Itoa(after)}}, nil, &rs)
+	return rs, err
 }
 
 // Packets are all that have arrived for the real metadata endpoint up to now.
 func (c *Client) Packets(ctx context.Context) (ps []imds.Packets, err error) {
-	return ps, c.do(ctx, http.MethodGet, "/imds/packets", nil, nil, &ps)
+	err = c.do(ctx, http.MethodGet, "/imds/packets", nil, nil, &ps)
+	return ps, err
 }
