@@ -43,7 +43,7 @@ var shared *lab
 
 func TestMain(m *testing.M) { os.Exit(run(m)) }
 
-func run(m *testing.M) int {
+func run(m *testing.M) (code int) {
 	start := time.Now()
 	say := func(format string, args ...any) {
 		fmt.Fprintf(os.Stderr, "[%5.1f s] %s\n", time.Since(start).Seconds(), fmt.Sprintf(format, args...))
@@ -56,6 +56,8 @@ func run(m *testing.M) int {
 		defer func() {
 			if _, err := cluster(context.Background(), nil, "down"); err != nil {
 				say("remove the cluster: %v", err)
+				code = 1
+				return
 			}
 			say("the cluster is gone")
 		}()
