@@ -270,7 +270,6 @@ type measurement struct {
 	CPU      time.Duration // of the answering process, per request
 	Rate     float64       // operations that ended, a second
 	Curve    []point
-	Late     time.Duration // median lateness of the generator
 }
 
 type point struct{ Percentile, Seconds float64 }
@@ -301,7 +300,7 @@ func (r *rig) ask(ctx context.Context, t target, l loading) (measurement, error)
 		Operations, Failed int64
 		Elapsed            float64
 		Errors             map[string]int64
-		Latency, Lateness  struct{ P50, P99 float64 }
+		Latency            struct{ P50, P99 float64 }
 		Curve              []point
 	}
 	if err := json.Unmarshal(out, &result); err != nil {
@@ -312,7 +311,7 @@ func (r *rig) ask(ctx context.Context, t target, l loading) (measurement, error)
 	}
 	operations := l.rate * (warmup + r.length).Seconds()
 	return measurement{
-		P50: seconds(result.Latency.P50), P99: seconds(result.Latency.P99), Late: seconds(result.Lateness.P50), Curve: result.Curve,
+		P50: seconds(result.Latency.P50), P99: seconds(result.Latency.P99), Curve: result.Curve,
 		CPU:  time.Duration(float64(after-before) / (operations * float64(l.requests()))),
 		Rate: operations / result.Elapsed,
 	}, nil
