@@ -56,7 +56,8 @@
 // Whoever writes there is believed about who is who. So the directory and each file must belong to root and be writable by
 // nobody else; symbolic links and whatever is no regular file are ignored, as are hard links by another name and what has more
 // than 256 KiB; the newest 4,096 count. TestDirectoryIsTrusted, TestClaims, TestSwappedFiles, TestFlood. The directory may come
-// and go; without it, and without inotify, the API server's word remains. TestResultWakes, TestWithoutInotify
+// and go; without it the API server's word remains. Without inotify,
+// all of whose instances a pod of uid 0 can take, it is read twice a second. TestResultWakes, TestWithoutInotify
 //
 // What runtimes write was read in the sources of libcni (kind cniCacheV1, named network-container-interface, written after
 // the last plugin's ADD and removed after the last one's DEL, which frees the IP: so a new holder's file may come before the

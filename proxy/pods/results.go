@@ -20,25 +20,30 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// resultsRetry is how long to wait where inotify itself fails, such as when the node has no instance left.
-const resultsRetry = 30 * time.Second
+// Where inotify itself fails, such as when the node has no instance left (any pod of uid 0 may have taken them all), it is tried again
+// after resultsRetry, and the directory read again every resultsPoll meanwhile.
+const (
+	resultsRetry = 30 * time.Second
+	resultsPoll  = 500 * time.Millisecond
+)
 
 // results follows the directory of CNI results. It tells Pods of each file; what follows from that is in claims.go.
 type results struct {
-	pods  *Pods
-	dir   string // clean
-	owner uint32 // of the directory and its files: root, in tests whoever runs them
-	boot  func() (time.Time, error)
-	delay time.Duration // reportDelay
-	log   *slog.Logger
-	since time.Time      // when the node booted: what is older is of sandboxes that ended then
-	odd   rate.Sometimes // log lines about single files
-	state string         // the last one that was logged
+	pods    *Pods
+	dir     string // clean
+	owner   uint32 // of the directory and its files: root, in tests whoever runs them
+	boot    func() (time.Time, error)
+	watcher func() (*fsnotify.Watcher, error)
+	delay   time.Duration // reportDelay
+	log     *slog.Logger
+	since   time.Time      // when the node booted: what is older is of sandboxes that ended then
+	odd     rate.Sometimes // log lines about single files
+	state   string         // the last one that was logged
 }
 
 func newResults(p *Pods, dir string) *results {
 	return &results{
-		pods: p, dir: filepath.Clean(dir), boot: bootTime, delay: reportDelay, log: p.log.With("directory", dir), odd: rate.Sometimes{First: 5, Interval: time.Minute},
+		pods: p, dir: filepath.Clean(dir), boot: bootTime, watcher: fsnotify.NewWatcher, delay: reportDelay, log: p.log.With("directory", dir), odd: rate.Sometimes{First: 5, Interval: time.Minute},
 	}
 }
 
@@ -57,18 +62,33 @@ func (s *results) run(ctx context.Context, ready func()) {
 		if ctx.Err() != nil {
 			return
 		}
-		s.say(slog.LevelError, "cannot follow the CNI results, pods are known by the API server alone until it works again", "error", err)
-		s.forget()
+		s.say(slog.LevelError, "the CNI results are read again and again, because the node does not tell of them", "error", err, "interval", resultsPoll.String())
+		s.poll(ctx, ready)
+	}
+}
+
+// poll reads the directory again and again, until it is time to try inotify again.
+func (s *results) poll(ctx context.Context, ready func()) {
+	again := time.NewTicker(resultsPoll)
+	defer again.Stop()
+	for end := time.Now().Add(resultsRetry); time.Now().Before(end); {
+		s.settle(time.Now())
+		if _, err := s.scan(); err != nil {
+			s.odd.Do(func() {
+				s.log.Warn("the CNI results are not used, pods are known by the API server alone", "error", err)
+			})
+		}
 		ready()
 		select {
 		case <-ctx.Done():
-		case <-time.After(resultsRetry):
+			return
+		case <-again.C:
 		}
 	}
 }
 
 func (s *results) follow(ctx context.Context, ready func()) error {
-	w, err := fsnotify.NewWatcher()
+	w, err := s.watcher()
 	if err != nil {
 		return fmt.Errorf("inotify: %w", err)
 	}
@@ -79,7 +99,12 @@ func (s *results) follow(ctx context.Context, ready func()) error {
 			return err
 		}
 		if watched == s.dir {
-			s.scan()
+			files, err := s.scan()
+			if err != nil {
+				s.say(slog.LevelError, "the CNI results are not used, pods are known by the API server alone", "error", err)
+			} else {
+				s.say(slog.LevelInfo, stateFollowing, "files", files)
+			}
 		} else {
 			s.forget()
 			s.say(slog.LevelInfo, "no CNI results yet, pods are known by the API server alone until there are")
@@ -151,14 +176,12 @@ func (s *results) events(ctx context.Context, w *fsnotify.Watcher, watched strin
 const stateFollowing = "following the CNI results"
 
 // scan reads the whole directory.
-func (s *results) scan() {
+func (s *results) scan() (files int, err error) {
 	found, err := s.list()
 	if err != nil {
-		s.say(slog.LevelError, "the CNI results are not used, pods are known by the API server alone", "error", err)
 		s.forget()
-		return
+		return 0, err
 	}
-	s.say(slog.LevelInfo, stateFollowing, "files", len(found))
 	p := s.pods
 	p.update(func(c *change) {
 		p.claims.seq++
@@ -171,6 +194,7 @@ func (s *results) scan() {
 			p.claim(c, file, cl, false)
 		}
 	})
+	return len(found), nil
 }
 
 // list reads the newest files, as many as are kept.

@@ -1,7 +1,6 @@
 package pods
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/fsnotify/fsnotify"
 	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	corev1 "k8s.io/api/core/v1"
@@ -787,13 +787,24 @@ func FuzzResult(f *testing.F) {
 	})
 }
 
-// Without inotify the API server's word remains, and that is said.
+// Without inotify the directory is read again and again, and that is said: a pod that takes all that the node has must not make the
+// daemon go by the API server alone.
 func TestWithoutInotify(t *testing.T) {
-	n := newCNINode(t, newAPIServer(t)).mkdir()
-	n.results.dir = filepath.Join(n.dir, strings.Repeat("x", 300)) // too long to watch
-	ctx, cancel := context.WithCancel(t.Context())
-	n.results.run(ctx, cancel)
-	if !strings.Contains(n.log.String(), "by the API server alone until it works again") {
+	a := newAPIServer(t)
+	shop(a)
+	n := newCNINode(t, a).mkdir()
+	n.results.watcher = func() (*fsnotify.Watcher, error) { return nil, syscall.EMFILE }
+	a.put(podOf("a", "cart", []string{"10.0.0.1"}), podOf("b", "cart", nil))
+	n.write(sandbox{pod: "a", ips: []string{"10.0.0.1"}})
+	n.run(t)
+	poll(t, "the first", func() bool { return find(n.Pods, "10.0.0.1") == "a as cart" })
+	n.remove(sandbox{pod: "a"})
+	poll(t, "its loss", func() bool { return find(n.Pods, "10.0.0.1") == "unknown" })
+	n.write(sandbox{pod: "b", ips: []string{"10.0.0.1"}})
+	poll(t, "the next, of which the API server has not told", func() bool { return find(n.Pods, "10.0.0.1") == "b as cart" })
+	n.must(os.RemoveAll(n.dir))
+	poll(t, "the API server's word", func() bool { return find(n.Pods, "10.0.0.1") == "a as cart" })
+	if !strings.Contains(n.log.String(), "read again and again") {
 		t.Errorf("not said:\n%s", n.log)
 	}
 }
