@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -212,7 +213,10 @@ func (p *Pod) Unplug() error {
 	}
 	veth := p.veth
 	p.veth = nil
-	return p.Node.Net.link.LinkDel(veth)
+	if err := p.Node.Net.link.LinkDel(veth); !errors.Is(err, unix.ENODEV) { // gone with its other end, wherever that was
+		return err
+	}
+	return nil
 }
 
 func (p *Pod) close() error {
