@@ -252,12 +252,12 @@ func TestPrefetch(t *testing.T) {
 		eager, lazy := testKey(1), testKey(2)
 		r := start(t, nil, map[Key]bool{eager: true, lazy: false})
 		synctest.Wait()
-		if c := r.Peek(&eager); c == nil {
+		if c := r.Peek(&eager, time.Now()); c == nil {
 			t.Error("a live pod's key was not prefetched")
 		} else if got, want := string(c.Document()), "document of "+c.AccessKeyID; got != want {
 			t.Errorf("document %q, want %q", got, want)
 		}
-		if r.Peek(&lazy) != nil || len(r.sts.issued()) != 1 {
+		if r.Peek(&lazy, time.Now()) != nil || len(r.sts.issued()) != 1 {
 			t.Error("issued for a pod that gets its credentials elsewhere")
 		}
 		r.mustGet(lazy, 450*time.Millisecond)
@@ -271,7 +271,7 @@ func TestPrefetch(t *testing.T) {
 		r.Wake()
 		r.Wake()
 		synctest.Wait()
-		if k := testKey(3); r.Peek(&k) == nil || r.Peek(&lazy) == nil || r.Peek(&eager) != nil {
+		if k := testKey(3); r.Peek(&k, time.Now()) == nil || r.Peek(&lazy, time.Now()) == nil || r.Peek(&eager, time.Now()) != nil {
 			t.Error("Wake did not make the cache follow the live set")
 		}
 	})
@@ -329,7 +329,7 @@ func TestUnequalKeysShareNothing(t *testing.T) {
 			t.Errorf("%d issues for %d keys", n, len(live))
 		}
 		for key := range live {
-			if c := r.Peek(&key); c == nil {
+			if c := r.Peek(&key, time.Now()); c == nil {
 				t.Errorf("nothing for %+v", key)
 			} else if owner := r.sts.owner(c); owner != key {
 				t.Errorf("%+v got the credentials of %+v", key, owner)
@@ -399,7 +399,7 @@ func TestLeavingDoesNotCancel(t *testing.T) {
 		}
 		time.Sleep(9 * time.Second)
 		synctest.Wait()
-		if r.Peek(&key) == nil {
+		if r.Peek(&key, time.Now()) == nil {
 			t.Error("the issue did not end in spite of its caller")
 		}
 	})
@@ -441,7 +441,7 @@ func TestFailedRefreshKeepsValue(t *testing.T) {
 					t.Fatal("no refresh was tried")
 				}
 				for time.Now().Before(first.Expires.Add(-margin)) {
-					if c := r.Peek(&key); c == nil || *c != first {
+					if c := r.Peek(&key, time.Now()); c == nil || *c != first {
 						t.Fatalf("a failed refresh replaced a valid value by %v", c)
 					}
 					if c := r.mustGet(key, 0); *c != first {
@@ -469,11 +469,11 @@ func TestNeverServedInLastMinute(t *testing.T) {
 		expires := r.mustGet(key, time.Second).Expires
 		r.sts.set(after(0, errDown))
 		time.Sleep(time.Until(expires) - margin - time.Nanosecond)
-		if r.Peek(&key) == nil {
+		if r.Peek(&key, time.Now()) == nil {
 			t.Error("not served just before the last minute")
 		}
 		time.Sleep(time.Nanosecond)
-		if c := r.Peek(&key); c != nil {
+		if c := r.Peek(&key, time.Now()); c != nil {
 			t.Errorf("%v was served with %s left", c, time.Until(expires))
 		}
 		if c, err := r.get(key, 450*time.Millisecond); err == nil {
@@ -531,7 +531,7 @@ func TestRefreshLeavesTwentyMinutes(t *testing.T) {
 		r.mustGet(key, 3*time.Second)
 		for range 2 * 24 * 60 {
 			time.Sleep(30 * time.Second)
-			if c := r.Peek(&key); c == nil || time.Until(c.Expires) < 20*time.Minute {
+			if c := r.Peek(&key, time.Now()); c == nil || time.Until(c.Expires) < 20*time.Minute {
 				t.Fatalf("served %v with %s left", c, time.Until(c.Expires))
 			}
 		}
@@ -727,7 +727,7 @@ func TestAskedKeyComesFirst(t *testing.T) {
 		before := len(r.sts.issued())
 		asked := testKey(0)
 		for key := range live {
-			if r.Peek(&key) == nil && key != lazy && !slices.ContainsFunc(r.sts.issued(), func(c call) bool { return c.key == key }) {
+			if r.Peek(&key, time.Now()) == nil && key != lazy && !slices.ContainsFunc(r.sts.issued(), func(c call) bool { return c.key == key }) {
 				asked = key
 			}
 		}
@@ -877,7 +877,7 @@ func TestEviction(t *testing.T) {
 		r.live.set(map[Key]bool{b: true})
 		r.Wake()
 		synctest.Wait()
-		if r.Peek(&a) != nil || r.Peek(&b) == nil || len(r.entries()) != 1 {
+		if r.Peek(&a, time.Now()) != nil || r.Peek(&b, time.Now()) == nil || len(r.entries()) != 1 {
 			t.Error("a key without a pod stayed, or one with a pod did not")
 		}
 		// While an issue is in flight and while somebody waits, the entry stays: another would break the single flight.
@@ -938,7 +938,7 @@ func TestSharedKey(t *testing.T) {
 		mu.Unlock()
 		r.Wake()
 		synctest.Wait()
-		if r.Peek(&key) == nil {
+		if r.Peek(&key, time.Now()) == nil {
 			t.Error("a key that a pod still holds was evicted")
 		}
 		time.Sleep(3 * time.Hour)
@@ -970,8 +970,8 @@ func TestMetrics(t *testing.T) {
 		r.Wake()
 		synctest.Wait()
 		c := r.mustGet(good, 0)
-		r.Peek(&good)
-		r.Peek(&bad)
+		r.Peek(&good, time.Now())
+		r.Peek(&bad, time.Now())
 		_, _ = r.get(bad, 0)
 		_, _ = r.get(slow, time.Millisecond)
 		want := map[string]float64{
@@ -1136,7 +1136,7 @@ func randomSchedule(t *testing.T, random *rand.Rand) {
 		synctest.Wait()
 		for i := range keys {
 			k := key(i)
-			c := r.Peek(&k)
+			c := r.Peek(&k, time.Now())
 			if c != nil {
 				check(k, c)
 			}
@@ -1156,7 +1156,7 @@ func TestPeekDoesNotAllocate(t *testing.T) {
 	c, key := readyCache(t)
 	other := testKey(2)
 	if n := testing.AllocsPerRun(1000, func() {
-		if c.Peek(&key) == nil || c.Peek(&other) != nil {
+		if c.Peek(&key, time.Now()) == nil || c.Peek(&other, time.Now()) != nil {
 			t.Error("wrong")
 		}
 	}); n != 0 {
@@ -1187,7 +1187,7 @@ func BenchmarkPeek(b *testing.B) {
 		c, key := readyCache(b)
 		b.ReportAllocs()
 		for b.Loop() {
-			if c.Peek(&key) == nil {
+			if c.Peek(&key, time.Now()) == nil {
 				b.Fatal("nothing")
 			}
 		}
@@ -1197,7 +1197,7 @@ func BenchmarkPeek(b *testing.B) {
 		b.ReportAllocs()
 		b.RunParallel(func(pb *testing.PB) {
 			for pb.Next() {
-				if c.Peek(&key) == nil {
+				if c.Peek(&key, time.Now()) == nil {
 					b.Error("nothing")
 				}
 			}

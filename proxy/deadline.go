@@ -3,18 +3,41 @@ package proxy
 import (
 	"errors"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
-// deadlines are those of a connection. net/http moves them six times per request, and each time the runtime would change a timer,
-// and often wake a thread for it. Here they are noted, and one timer, which no request touches, looks after them: it tells the
-// socket of a deadline once it has passed. They are exact all the same, because the timer is never later than the earliest.
+// deadlines are those of a connection. net/http moves them several times per request, and each time the runtime would change a
+// timer, and often wake a thread for it. Here they are noted, and one timer, which no request touches, looks after them: it tells
+// the socket of a deadline once it has passed. They are exact all the same, because the timer is never later than the earliest.
+//
+// Two are not net/http's, which would ask the clock for each at each answer, but what the timer sees to last too long: a wait for
+// the next request and a write. It sees them begin up to look later than they do.
 type deadlines struct {
 	mu          sync.Mutex
 	read, write deadline
 	timer       *time.Timer // nil until there is something to look after
 	next        time.Time   // when it fires
 	closed      bool
+
+	idle    atomic.Bool  // waits for its next request
+	writes  atomic.Int64 // begun and ended ones: odd while one is under way
+	waited  lasting      // since an answer
+	written lasting
+}
+
+// lasting is what the timer saw, and since when it has been the same.
+type lasting struct {
+	what  int64
+	since time.Time
+}
+
+// ends is when it will have been the same for d.
+func (l *lasting) ends(what int64, now time.Time, d time.Duration) time.Time {
+	if l.what != what || l.since.IsZero() {
+		*l = lasting{what, now}
+	}
+	return l.since.Add(d)
 }
 
 // deadline is that of one direction.
@@ -85,10 +108,18 @@ func (c *conn) lookAfter() {
 	defer l.mu.Unlock()
 	now := time.Now()
 	next := now.Add(look)
+	read, write := l.read.at, l.write.at
+	if read.IsZero() && l.idle.Load() {
+		read = l.waited.ends(c.served.Load(), now, idleTimeout)
+	}
+	if n := l.writes.Load(); write.IsZero() && n%2 == 1 {
+		write = l.written.ends(n, now, writeTimeout)
+	}
 	for _, d := range []struct {
 		*deadline
+		at     time.Time
 		socket func(time.Time) error
-	}{{&l.read, c.Conn.SetReadDeadline}, {&l.write, c.Conn.SetWriteDeadline}} {
+	}{{&l.read, read, c.Conn.SetReadDeadline}, {&l.write, write, c.Conn.SetWriteDeadline}} {
 		switch {
 		case d.told, d.at.IsZero():
 		case d.at.After(now):

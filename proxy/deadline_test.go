@@ -1,9 +1,12 @@
 package proxy
 
 import (
+	"bufio"
 	"errors"
+	"io"
 	"net"
 	"os"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -125,20 +128,110 @@ func TestDeadlinesAreCheap(t *testing.T) {
 			}
 		}()
 		for range requests {
-			_ = c.SetReadDeadline(after(idleTimeout))
+			_ = c.SetReadDeadline(time.Time{})
 			if _, err := c.Read(make([]byte, 1)); err != nil {
 				t.Fatal(err)
 			}
 			_ = c.SetReadDeadline(time.Time{})
 			_ = c.SetReadDeadline(after(readHeaderTimeout))
 			_ = c.SetReadDeadline(time.Time{})
-			_ = c.SetWriteDeadline(after(writeTimeout))
 			_ = c.SetReadDeadline(interrupt())
 			_ = c.SetReadDeadline(time.Time{})
 		}
 		if socket.reads > 2*requests || socket.writes != 0 {
 			t.Errorf("%d requests set %d read and %d write deadlines", requests, socket.reads, socket.writes)
 		}
+	})
+}
+
+// What net/http sets no deadline for ends all the same, at most a look later.
+func TestIdleAndStuck(t *testing.T) {
+	const ask = "GET / HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n"
+	serve := func(t *testing.T, client func(peer net.Conn, br *bufio.Reader)) {
+		synctest.Test(t, func(t *testing.T) {
+			s, err := NewServer(Options{Callers: newCallers(), Credentials: noCredentials{}, TokenKey: make([]byte, 32), IMDSv1: true, Hold: 20 * time.Second})
+			if err != nil {
+				t.Fatal(err)
+			}
+			near, far := net.Pipe()
+			c := &conn{Conn: near, shares: newShares(1, 1)}
+			c.shares.acquire(c, podIPs["role"], time.Now())
+			hs, done := s.httpServer(), make(chan struct{})
+			go func() { _ = hs.Serve(&oneConn{conn: c, done: done}) }()
+			client(far, bufio.NewReader(far))
+			close(done)
+			_ = hs.Close()
+			_ = far.Close()
+		})
+	}
+	answered := func(t *testing.T, peer net.Conn, br *bufio.Reader) {
+		t.Helper()
+		go func() { _, _ = io.WriteString(peer, ask) }()
+		if r, err := readReply(br, "GET"); err != nil || r.StatusCode != 200 {
+			t.Fatalf("%v, %v", r, err)
+		}
+	}
+	closed := func(t *testing.T, peer io.Reader, atLeast, atMost time.Duration) {
+		t.Helper()
+		start := time.Now()
+		n, err := peer.Read(make([]byte, 1))
+		if took := time.Since(start); n != 0 || !errors.Is(err, io.EOF) || took < atLeast || took > atMost {
+			t.Errorf("read %d, %v after %v, want the end after %v to %v", n, err, took, atLeast, atMost)
+		}
+	}
+	t.Run("nothing", func(t *testing.T) {
+		serve(t, func(peer net.Conn, br *bufio.Reader) { closed(t, br, readHeaderTimeout, readHeaderTimeout) })
+	})
+	t.Run("no further request", func(t *testing.T) {
+		serve(t, func(peer net.Conn, br *bufio.Reader) {
+			for range 10 { // none of the pauses is too long
+				answered(t, peer, br)
+				time.Sleep(idleTimeout - time.Second)
+			}
+			answered(t, peer, br)
+			closed(t, br, idleTimeout, idleTimeout+look)
+		})
+	})
+	t.Run("no whole request", func(t *testing.T) {
+		serve(t, func(peer net.Conn, br *bufio.Reader) {
+			answered(t, peer, br)
+			time.Sleep(time.Minute)
+			_, _ = io.WriteString(peer, ask[:len(ask)-5])
+			closed(t, br, readHeaderTimeout, readHeaderTimeout)
+		})
+	})
+	t.Run("not a word", func(t *testing.T) {
+		serve(t, func(peer net.Conn, br *bufio.Reader) {
+			answered(t, peer, br)
+			go func() { _, _ = io.WriteString(peer, "GE") }()
+			closed(t, br, idleTimeout, idleTimeout+look)
+		})
+	})
+	t.Run("a request that is held", func(t *testing.T) {
+		serve(t, func(peer net.Conn, br *bufio.Reader) {
+			answered(t, peer, br)
+			time.Sleep(idleTimeout - time.Second)
+			start := time.Now()
+			go func() { _, _ = io.WriteString(peer, strings.Replace(ask, "/", roleList, 1)) }()
+			if r, err := readReply(br, "GET"); err != nil || r.StatusCode != 503 || time.Since(start) != 20*time.Second {
+				t.Errorf("%v, %v after %v", r, err, time.Since(start))
+			}
+		})
+	})
+	t.Run("nobody reads", func(t *testing.T) {
+		serve(t, func(peer net.Conn, br *bufio.Reader) {
+			answered(t, peer, br)
+			_, _ = io.WriteString(peer, ask)
+			time.Sleep(writeTimeout - time.Second)
+			first := make([]byte, 1)
+			if _, err := peer.Read(first); err != nil {
+				t.Errorf("after %v: %v", writeTimeout-time.Second, err)
+			}
+			time.Sleep(look + 2*time.Second)
+			if rest, err := io.ReadAll(peer); len(rest) > 0 || err != nil {
+				t.Errorf("%q, %v", rest, err)
+			}
+		})
 	})
 }
 

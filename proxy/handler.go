@@ -133,7 +133,7 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	rt, name := s.routes.match(r.RequestURI)
 	q.name = name
 	a := q.answer(rt)
-	code := s.write(w, r, rt, a)
+	code := s.write(w, q, rt, a)
 	label := handlerOther
 	if rt != nil {
 		label = rt.handler
@@ -287,7 +287,7 @@ func (q request) info(c *Caller, g *Grant) answer {
 
 // ready returns the credentials of g, which have a document, and whether the request had to wait for anything.
 func (q request) ready(g *Grant) (creds *cache.Credentials, waited bool, err error) {
-	if creds = q.s.credentials.Peek(&g.Key); creds == nil {
+	if creds = q.s.credentials.Peek(&g.Key, q.start); creds == nil {
 		ctx, cancel := q.context()
 		defer cancel()
 		if creds, err = q.s.credentials.Get(ctx, g.Key); err != nil {
@@ -315,6 +315,7 @@ func (q request) credentialsFailed(c *Caller, err error) answer {
 type headerValues struct {
 	server, plain, close, retry, allowGet, allowPut []string
 	lengths                                         [256]atomic.Pointer[length]
+	dated                                           atomic.Pointer[date]
 }
 
 func newHeaderValues() *headerValues {
@@ -342,7 +343,24 @@ func (v *headerValues) length(n int) []string {
 	return l.value[:]
 }
 
-func (s *Server) write(w http.ResponseWriter, r *http.Request, rt *route, a answer) int {
+// date is a second and what a header calls it.
+type date struct {
+	unix  int64
+	value [1]string
+}
+
+// date makes a value once a second. net/http asks the clock and formats for each answer that has no Date yet.
+func (v *headerValues) date(now time.Time) []string {
+	d := v.dated.Load()
+	if d == nil || d.unix != now.Unix() {
+		d = &date{now.Unix(), [1]string{now.UTC().Format(http.TimeFormat)}}
+		v.dated.Store(d)
+	}
+	return d.value[:]
+}
+
+func (s *Server) write(w http.ResponseWriter, q request, rt *route, a answer) int {
+	r := q.r
 	code, reason := http.StatusOK, ""
 	if a.err != nil {
 		code, reason, a.text = status(a.err)
@@ -350,6 +368,7 @@ func (s *Server) write(w http.ResponseWriter, r *http.Request, rt *route, a answ
 	h := w.Header()
 	h["Server"] = s.values.server
 	h["Content-Type"] = s.values.plain
+	h["Date"] = s.values.date(q.start)
 	h["Content-Length"] = s.values.length(max(len(a.body), len(a.text)))
 	switch code {
 	case http.StatusOK:

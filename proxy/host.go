@@ -87,15 +87,21 @@ const unreadable = "\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: c
 func (c *conn) Write(p []byte) (int, error) {
 	first := bytes.IndexByte(p, '\r')
 	if c.perRead > 0 || first < 0 || !bytes.HasPrefix(p, []byte("HTTP/1.")) || !bytes.HasPrefix(p[first:], []byte(unreadable)) {
-		return c.Conn.Write(p)
+		return c.send(p)
 	}
 	body := p[first+len(unreadable):]
 	full := fmt.Appendf(nil, "%s\r\nServer: EC2ws\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s",
 		p[:first], len(body), body)
-	if _, err := c.Conn.Write(full); err != nil {
+	if _, err := c.send(full); err != nil {
 		return 0, err
 	}
 	return len(p), nil
+}
+
+func (c *conn) send(p []byte) (int, error) {
+	c.deadlines.writes.Add(1)
+	defer c.deadlines.writes.Add(1)
+	return c.Conn.Write(p)
 }
 
 func (c *conn) Read(p []byte) (int, error) {

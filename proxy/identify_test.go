@@ -7,13 +7,14 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"testing"
+	"time"
 
 	"github.com/imdsgate/imdsgate/cache"
 )
 
 type noCredentials struct{}
 
-func (noCredentials) Peek(*cache.Key) *cache.Credentials { return nil }
+func (noCredentials) Peek(*cache.Key, time.Time) *cache.Credentials { return nil }
 func (noCredentials) Get(context.Context, cache.Key) (*cache.Credentials, error) {
 	return nil, cache.ErrUnavailable
 }

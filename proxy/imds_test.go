@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"net/http"
 	"strings"
 	"testing"
 	"time"
@@ -39,5 +40,23 @@ func TestInstanceProfile(t *testing.T) {
 	got := string(instanceProfile("arn:aws-cn:iam::123456789012:role/a/role/b", now))
 	if !strings.HasPrefix(got, want) || got != string(instanceProfile("arn:aws-cn:iam::123456789012:role/a/role/b", now)) {
 		t.Error(got)
+	}
+}
+
+// A second is written once; the next one is another.
+func TestDate(t *testing.T) {
+	v := newHeaderValues()
+	zone := time.FixedZone("", 3600)
+	for _, at := range []time.Time{
+		time.Date(2026, 11, 21, 23, 4, 5, 0, time.UTC), time.Date(2026, 11, 22, 0, 4, 5, 999_999_999, zone), time.Date(2026, 11, 21, 23, 4, 6, 0, time.UTC),
+	} {
+		if got := v.date(at); len(got) != 1 || got[0] != at.UTC().Format(http.TimeFormat) {
+			t.Errorf("%v: %q", at, got)
+		}
+	}
+	l := newLab(t)
+	at, err := http.ParseTime(l.get(t, "role", "/").Header.Get("Date"))
+	if d := time.Since(at); err != nil || d < 0 || d > 20*time.Second {
+		t.Errorf("%v, %v", at, err)
 	}
 }

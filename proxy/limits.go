@@ -333,9 +333,15 @@ func (c *conn) pay(label handlerLabel, failed bool, now time.Time) {
 }
 
 // connState lets a connection whose source has used up its time wait for its next request. Others of the source have waits of
-// their own, one behind the other: so nobody waits longer than all its connections together are worth.
-func connState(c net.Conn, state http.ConnState) {
-	if c, ok := c.(*conn); ok && state == http.StateIdle && c.wait > 0 {
+// their own, one behind the other: so nobody waits longer than all its connections together are worth. And it tells deadlines
+// when a connection is idle.
+func connState(nc net.Conn, state http.ConnState) {
+	c, ok := nc.(*conn)
+	if !ok {
+		return
+	}
+	if state == http.StateIdle && c.wait > 0 {
 		time.Sleep(c.wait)
 	}
+	c.deadlines.idle.Store(state == http.StateIdle)
 }

@@ -101,8 +101,8 @@ type CallerFinder interface {
 
 // CredentialSource has the credentials of a key: *cache.Cache.
 type CredentialSource interface {
-	// Peek never blocks: nil unless there is a value that may be served.
-	Peek(key *cache.Key) *cache.Credentials
+	// Peek never blocks: nil unless there is a value that may be served now.
+	Peek(key *cache.Key, now time.Time) *cache.Credentials
 	// Get waits for a value until ctx is done. Its error is an *cache.IssueError or wraps cache.ErrUnavailable.
 	Get(ctx context.Context, key cache.Key) (*cache.Credentials, error)
 }

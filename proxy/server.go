@@ -166,8 +166,6 @@ func (s *Server) httpServer() *http.Server {
 		Handler:                      s.Handler(),
 		DisableGeneralOptionsHandler: true,
 		ReadHeaderTimeout:            readHeaderTimeout,
-		WriteTimeout:                 writeTimeout,
-		IdleTimeout:                  idleTimeout,
 		MaxHeaderBytes:               maxHeaderBytes - netHTTPSlop,
 		ErrorLog:                     log.New(errorLog{s}, "", 0),
 		ConnContext:                  withPeer,
