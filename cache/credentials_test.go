@@ -211,3 +211,23 @@ func TestIssueError(t *testing.T) {
 		t.Errorf("%v wraps ErrUnavailable and its cause (-want +got):\n%s", got, diff)
 	}
 }
+
+// Clients keep credentials until the end that their document names: one that no session can have is not passed on.
+func TestEndThatNoSessionHas(t *testing.T) {
+	now := time.Now()
+	for name, tt := range map[string]struct{ expires, want time.Time }{
+		"as it is":                {now.Add(time.Hour), now.Add(time.Hour)},
+		"by a clock 2 h ahead":    {now.Add(3 * time.Hour), now.Add(3 * time.Hour)},
+		"in the year 9999":        {time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC), now.Add(time.Hour)},
+		"later than Go can count": {time.Unix(1<<62, 0), now.Add(time.Hour)},
+	} {
+		var document time.Time
+		v, err := newValue(NewCredentials("ASIA", "s", "t", now, tt.expires), time.Hour, 0, now, func(c Credentials) []byte {
+			document = c.Expires
+			return []byte("{}")
+		})
+		if err != nil || !document.Equal(tt.want) || !v.creds.Expires.Equal(tt.want) {
+			t.Errorf("%s: %v in the document, want %v, error %v", name, document, tt.want, err)
+		}
+	}
+}

@@ -51,6 +51,9 @@ func newValue(creds Credentials, duration, age time.Duration, now time.Time, enc
 	if creds.Issued.IsZero() {
 		creds.Issued = now
 	}
+	if creds.Expires.Sub(now.Round(0)) > maxSession { // no clock is that wrong; a client would keep them for ever
+		creds.Expires = now.Round(0).Add(left)
+	}
 	if encode != nil {
 		creds = creds.withDocument(encode(creds))
 	}
