@@ -33,6 +33,8 @@ const (
 	hasTimestamps, hasSACK, hasScale = 1, 2, 4
 )
 
+var errUnderWay = errors.New("the connection has data under way")
+
 // Freeze takes the connection from its socket and closes that; the peer learns nothing. Everything that was written must have
 // been answered. IPv4 alone; it needs CAP_NET_ADMIN.
 func Freeze(c *net.TCPConn) (f Connection, err error) {
@@ -53,7 +55,7 @@ func (f *Connection) freeze(fd int) error {
 		return fmt.Errorf("TCP_INFO: %w", err)
 	}
 	if info.Unacked != 0 {
-		return errors.New("the connection has data under way")
+		return errUnderWay
 	}
 	scales := (*[8]byte)(unsafe.Pointer(info))[6] // two bit fields, which the struct has no name for
 	f.Options, f.SendScale, f.ReceiveScale = info.Options, scales&15, scales>>4

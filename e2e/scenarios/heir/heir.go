@@ -71,13 +71,17 @@ func (p Pod) Run(ctx context.Context, dir string, limit time.Duration) error {
 		r.After, r.Gap = old.Pod, time.Since(old.At)
 		p.try(ctx, old, token, limit, r.Tried)
 	}
-	// A connection with data under way cannot be handed on. Then the next holder inherits nothing, which its result shows.
-	if frozen, err := Freeze(own); err != nil {
+	switch frozen, err := Freeze(own); {
+	case errors.Is(err, errUnderWay): // it cannot be handed on: the next holder inherits nothing, which its result shows
 		if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
-	} else if err := write(file, estate{Pod: p.Name, Token: token, At: time.Now(), Connection: frozen}); err != nil {
+	case err != nil:
 		return err
+	default:
+		if err := write(file, estate{Pod: p.Name, Token: token, At: time.Now(), Connection: frozen}); err != nil {
+			return err
+		}
 	}
 	return write(filepath.Join(dir, p.Name+".result"), r)
 }
