@@ -58,11 +58,6 @@ func (c *Client) SetRole(ctx context.Context, r aws.Role) error {
 	return c.do(ctx, http.MethodPost, "/aws/role", nil, r, nil)
 }
 
-// DeleteRole removes an IAM role.
-func (c *Client) DeleteRole(ctx context.Context, arn string) error {
-	return c.do(ctx, http.MethodDelete, "/aws/role", url.Values{"arn": {arn}}, nil, nil)
-}
-
 // Role makes an IAM role, team/NAME for instance, that the node role and, by their tokens, all service accounts may assume,
 // and returns its ARN.
 func (c *Client) Role(ctx context.Context, name string, allow ...string) (string, error) {
@@ -82,23 +77,6 @@ func Provider() aws.Provider {
 func (c *Client) Calls(ctx context.Context, after int) (calls []aws.Call, err error) {
 	err = c.do(ctx, http.MethodGet, "/aws/calls", url.Values{"after": {strconv.Itoa(after)}}, nil, &calls)
 	return calls, err
-}
-
-// WaitCall waits for a call after the first n that matches.
-func (c *Client) WaitCall(ctx context.Context, after int, match func(aws.Call) bool) (aws.Call, error) {
-	for {
-		var calls []aws.Call
-		query := url.Values{"after": {strconv.Itoa(after)}, "wait": {"1"}}
-		if err := c.do(ctx, http.MethodGet, "/aws/calls", query, nil, &calls); err != nil {
-			return aws.Call{}, err
-		}
-		for _, call := range calls {
-			if match(call) {
-				return call, nil
-			}
-		}
-		after += len(calls)
-	}
 }
 
 // Owner says whose an access key is.

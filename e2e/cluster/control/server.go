@@ -47,11 +47,14 @@ func NewServer(a *aws.Server, endpoint *aws.Endpoint, m *imds.Server) *Server {
 		}
 		return nil, a.SetRole(role)
 	})
-	s.handle("DELETE /aws/role", func(r *http.Request) (any, error) {
-		a.DeleteRole(r.FormValue("arn"))
-		return nil, nil
+	s.handle("GET /aws/calls", func(r *http.Request) (any, error) {
+		after, err := strconv.Atoi(r.FormValue("after"))
+		if err != nil {
+			return nil, err
+		}
+		all := a.Calls()
+		return all[min(after, len(all)):], nil
 	})
-	s.handle("GET /aws/calls", s.calls)
 	s.handle("GET /aws/owner", func(r *http.Request) (any, error) {
 		key := r.FormValue("key")
 		owner, ok := a.Owner(key)
@@ -98,21 +101,6 @@ func (s *Server) handle(pattern string, answer func(*http.Request) (any, error))
 		}
 		json.NewEncoder(w).Encode(v)
 	})
-}
-
-// calls answers those after the first n; with wait, once there is one.
-func (s *Server) calls(r *http.Request) (any, error) {
-	after, err := strconv.Atoi(r.FormValue("after"))
-	if err != nil {
-		return nil, err
-	}
-	calls := s.aws.Calls()
-	if r.FormValue("wait") != "" {
-		if calls, err = s.aws.WaitCalls(r.Context(), after+1, func(aws.Call) bool { return true }); err != nil {
-			return nil, err
-		}
-	}
-	return calls[min(after, len(calls)):], nil
 }
 
 func (s *Server) inject(r *http.Request) (any, error) {
