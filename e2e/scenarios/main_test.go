@@ -152,7 +152,7 @@ func begin(ctx context.Context, say func(string, ...any), keep bool) (*lab, erro
 	return l, nil
 }
 
-// probeImage builds the program of the scenarios' pods and an image of nothing else.
+// probeImage builds the programs of the scenarios' pods and an image of nothing else.
 func (l *lab) probeImage(ctx context.Context) (string, error) {
 	dir, err := os.MkdirTemp("", "scenarios-")
 	if err != nil {
@@ -162,7 +162,7 @@ func (l *lab) probeImage(ctx context.Context) (string, error) {
 	if err := os.MkdirAll(filepath.Join(root, "tmp"), 0o755); err != nil {
 		return "", err
 	}
-	if _, err := command(ctx, []string{"CGO_ENABLED=0"}, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", root+"/probe", "./probe"); err != nil {
+	if _, err := command(ctx, []string{"CGO_ENABLED=0"}, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", root+"/", "./probe", "./attacker"); err != nil {
 		return "", err
 	}
 	if _, err := command(ctx, nil, "../cluster/mkimage.sh", root, "test.local/probe:1", tar, `["/probe"]`); err != nil {
