@@ -24,6 +24,9 @@ const (
 	roleARN              = "arn:aws:iam::123456789012:role/growth"
 )
 
+// containerID is that of every container that no kubelet runs.
+const containerID = "containerd://0"
+
 // size is how many pods there are in a cluster beside those of the node under test, and half as many service accounts.
 type size int
 
@@ -166,7 +169,7 @@ func (c *crowd) run(ctx context.Context, i, life int) error {
 			running.Phase = corev1.PodRunning
 			running.Conditions = append(running.Conditions, corev1.PodCondition{Type: corev1.PodReady, Status: corev1.ConditionTrue, LastTransitionTime: now})
 			running.ContainerStatuses = []corev1.ContainerStatus{{
-				Name: "main", Image: "registry.example/app:1", ImageID: "registry.example/app@sha256:0", Ready: true, ContainerID: "containerd://0",
+				Name: "main", Image: "registry.example/app:1", ImageID: "registry.example/app@sha256:0", Ready: true, ContainerID: containerID,
 				State: corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: now}},
 			}}
 		}

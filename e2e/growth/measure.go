@@ -93,21 +93,43 @@ func (s *subject) footprint(ctx context.Context) (f footprint, err error) {
 	return f, nil
 }
 
-// apiServer is what the API server says of itself.
+// apiServer is what the API server says of itself, or what changed of that in some time.
 type apiServer struct {
-	Watches  float64 // open, of pods, service accounts and namespaces
-	All      float64 // watches of any kind
-	Requests float64 // answered so far, of any kind
-	CPU      float64 // seconds
-	RSS      float64
+	Watches float64 // open, of pods, service accounts and namespaces
+	All     float64 // open watches of any kind
+	CPU     float64 // seconds
+	// Requests is what it was asked so far, as "PUT leases" or "WATCH pods", watches that are still open included.
+	Requests map[string]float64
 }
 
-func observe(ctx context.Context, kube kubernetes.Interface) (a apiServer, err error) {
+func (a apiServer) since(before apiServer) apiServer {
+	d := apiServer{Watches: a.Watches - before.Watches, All: a.All - before.All, CPU: a.CPU - before.CPU, Requests: map[string]float64{}}
+	for kind, n := range a.Requests {
+		if n != before.Requests[kind] {
+			d.Requests[kind] = n - before.Requests[kind]
+		}
+	}
+	return d
+}
+
+func (a apiServer) requests() (n float64) {
+	for _, of := range a.Requests {
+		n += of
+	}
+	return n
+}
+
+func observe(ctx context.Context, kube kubernetes.Interface) (apiServer, error) {
 	text, err := kube.CoreV1().RESTClient().Get().AbsPath("/metrics").Do(ctx).Raw()
 	if err != nil {
-		return a, fmt.Errorf("ask the API server for its metrics: %w", err)
+		return apiServer{}, fmt.Errorf("ask the API server for its metrics: %w", err)
 	}
-	lines := bufio.NewScanner(bytes.NewReader(text))
+	return parse(text)
+}
+
+func parse(metrics []byte) (apiServer, error) {
+	a := apiServer{Requests: map[string]float64{}}
+	lines := bufio.NewScanner(bytes.NewReader(metrics))
 	lines.Buffer(nil, 1<<20)
 	for lines.Scan() {
 		sample, number, ok := strings.Cut(lines.Text(), "} ")
@@ -122,21 +144,31 @@ func observe(ctx context.Context, kube kubernetes.Interface) (a apiServer, err e
 		switch name {
 		case "process_cpu_seconds_total":
 			a.CPU = v
-		case "process_resident_memory_bytes":
-			a.RSS = v
 		case "apiserver_longrunning_requests":
 			if label(labels, "verb") != "WATCH" {
 				break
 			}
 			a.All += v
+			a.Requests[kind(labels)] += v // apiserver_request_total has a watch once it ended
 			if followed(labels) {
 				a.Watches += v
 			}
 		case "apiserver_request_total":
-			a.Requests += v
+			a.Requests[kind(labels)] += v
 		}
 	}
 	return a, lines.Err()
+}
+
+// kind is a request's verb and what it is for.
+func kind(labels string) string {
+	what := label(labels, "resource")
+	if sub := label(labels, "subresource"); what == "" {
+		what = sub // a path
+	} else if sub != "" {
+		what += "/" + sub
+	}
+	return label(labels, "verb") + " " + what
 }
 
 // followed says whether labels are those of a kind of object that daemons follow.
