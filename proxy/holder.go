@@ -78,7 +78,7 @@ func (c *conn) linger() {
 // any more.
 func acknowledged(c net.Conn) bool {
 	n := 0
-	control(c, func(fd int) error {
+	_ = control(c, func(fd int) error { // fails when it is closed
 		var err error
 		n, err = unix.IoctlGetInt(fd, unix.SIOCOUTQ)
 		return err
