@@ -25,7 +25,7 @@ var (
 )
 
 // saturated is a load beyond what can be answered: every connection is asked again as soon as it has answered.
-var saturated = mode{name: "document, 16 connections, as fast as they go", often: 3, loading: loading{sequence: "document", imds: 2, reuse: "keep", connections: 16, rate: 50_000}}
+var saturated = mode{name: "document, 16 connections, as fast as they go", often: 3, loading: loading{sequence: "document", imds: 2, reuse: "keep", connections: 16, rate: 100_000}}
 
 // modes are all, the ones with bars first.
 func modes() []mode {
@@ -67,7 +67,7 @@ func (r *rig) compare(ctx context.Context) (report.Section, error) {
 		return nil
 	}
 	short := *r
-	short.length /= 2
+	short.length /= 4
 	for round := range r.rounds {
 		for _, m := range modes() {
 			for again := range max(1, m.often) {
