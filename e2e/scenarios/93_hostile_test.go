@@ -303,7 +303,7 @@ func TestScenarioHostilePorts(t *testing.T) {
 	for node := 1; node <= 2; node++ {
 		thief(actor("thief", node), node, func(o *corev1.Pod) {
 			o.Spec.Containers[0].Ports = []corev1.ContainerPort{
-				{ContainerPort: 8080, HostPort: 8254}, {ContainerPort: 8080, HostPort: 80, HostIP: imds.IPv4.String()},
+				{ContainerPort: 8080, HostPort: 8254}, {ContainerPort: 8080, HostPort: 80}, {ContainerPort: 8080, HostPort: 80, HostIP: imds.IPv4.String()},
 			}
 		})
 	}

@@ -3,4 +3,6 @@
 //
 // After every scenario the stand-in of the real metadata endpoint is asked: no packet of a pod has reached it, and every request
 // of a node was one that the daemon builds. A scenario that opens the endpoint says so (breach).
+//
+// TestScenarioHostile… are attacks of package hostile from inside containers. What the kernel alone decides is judged there.
 package scenarios
