@@ -100,6 +100,58 @@ func TestFaultyAnswers(t *testing.T) {
 	}
 }
 
+// A watch that stays open and tells nothing is asked for again when its time is over.
+func TestSilentWatches(t *testing.T) {
+	for mode, watchList := range map[string]bool{"watch-list": true, "list and watch": false} {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			a := newAPIServer(t)
+			a.watchList = watchList
+			shop(a)
+			a.put(podOf("a", "cart", []string{"10.0.0.1"}))
+			var silent atomic.Pointer[atomic.Bool] // of the watches that are opened now
+			silent.Store(new(atomic.Bool))
+			front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				a.ServeHTTP(muted{w, silent.Load()}, r)
+			}))
+			t.Cleanup(func() {
+				a.disconnect()
+				front.CloseClientConnections()
+				front.Close()
+			})
+			h := newHarness(t, a, testPolicy())
+			h.client = clientOf(t, front)
+			h.minWatch, h.openTimeout = time.Second, time.Second
+			h.run(t)
+			if c := mustWait(t, h.Pods, "10.0.0.1"); c.Grant == nil {
+				t.Fatalf("no role: %+v", c)
+			}
+			silent.Swap(new(atomic.Bool)).Store(true)
+			a.put(podOf("b", "cart", []string{"10.0.0.2"}))
+			a.put(account("cart"))
+			poll(t, "the new pod, and the role that is gone", func() bool {
+				b, err := h.Find(addr("10.0.0.2"))
+				return err == nil && b.Grant == nil
+			})
+		})
+	}
+}
+
+// muted answers as long as it is not silent.
+type muted struct {
+	http.ResponseWriter
+	silent *atomic.Bool
+}
+
+func (m muted) Write(p []byte) (int, error) {
+	if m.silent.Load() {
+		return len(p), nil
+	}
+	return m.ResponseWriter.Write(p)
+}
+
+func (m muted) Flush() { m.ResponseWriter.(http.Flusher).Flush() }
+
 // Nobody is followed elsewhere: client-go would send the token along, to whatever host and without TLS.
 func TestNoRedirects(t *testing.T) {
 	var got atomic.Int32

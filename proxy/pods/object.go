@@ -30,7 +30,7 @@ const (
 	openTimeout = 30 * time.Second
 	// listTimeout is longer than an API server takes at most, which is a minute.
 	listTimeout = 70 * time.Second
-	// minWatch is how long an API server keeps a watch open at least; at most, twice that.
+	// minWatch is client-go's.
 	minWatch = 5 * time.Minute
 	// usualEvent has room for most events; etcd takes no object that maxEvent has not.
 	usualEvent, maxEvent = 4 << 10, 16 << 20
@@ -144,7 +144,7 @@ func (f *follower[O]) open(ctx context.Context) (end func(), err error) {
 	}()
 	defer time.AfterFunc(f.pods.openTimeout, cancel).Stop()
 
-	seconds := int64((minWatch + rand.N(minWatch)).Seconds())
+	seconds, atMost := f.pods.watchTime()
 	o := &metav1.ListOptions{
 		Watch: true, FieldSelector: f.selector, AllowWatchBookmarks: true, TimeoutSeconds: &seconds, ResourceVersion: f.version,
 	}
@@ -181,10 +181,19 @@ func (f *follower[O]) open(ctx context.Context) (end func(), err error) {
 		return nil, err
 	}
 	f.seen, f.frames, f.events, f.object = false, framer.NewFrameReader(resp.Body), events, objects
+	overdue := time.AfterFunc(atMost, cancel)
 	return func() {
+		overdue.Stop()
 		cancel()
 		f.frames.Close()
 	}, nil
+}
+
+// watchTime is for how long the API server is asked to keep a watch open, which differs so that not all end at once, and when one
+// that it keeps open nevertheless is ended here: it may have gone silent, behind a proxy that has not.
+func (p *Pods) watchTime() (seconds int64, atMost time.Duration) {
+	d := p.minWatch + rand.N(p.minWatch)
+	return int64(d.Seconds()), d + p.openTimeout
 }
 
 // next takes the event that has begun to come.

@@ -55,6 +55,7 @@ type Pods struct {
 	failures                 failures
 	backoff                  *wait.Backoff // between attempts to reach the API server; nil: client-go's, 0.8 s to 1 min
 	openTimeout, listTimeout time.Duration // of one attempt
+	minWatch                 time.Duration // at most, twice that
 	waiting                  waiting
 	asked                    chan struct{} // has one when a request waits for an IP that nobody has
 	hurries                  *rate.Limiter // of pauses that end because of it
@@ -100,7 +101,7 @@ func New(o Options) (*Pods, error) {
 		buffers:     sync.Pool{New: func() any { return new(bytes.Buffer) }},
 		asked:       make(chan struct{}, 1),
 		hurries:     rate.NewLimiter(rate.Every(hurryEvery), 1),
-		openTimeout: openTimeout, listTimeout: listTimeout,
+		openTimeout: openTimeout, listTimeout: listTimeout, minWatch: minWatch,
 		node:       o.Node,
 		policy:     o.Policy,
 		log:        o.Log,

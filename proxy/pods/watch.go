@@ -113,7 +113,9 @@ func (p *Pods) reflect(ctx context.Context, w *following, into kcache.ReflectorS
 		}
 		w.attempt.Lock()
 		defer w.attempt.Unlock()
-		stream, err := openWithin(ctx, p.openTimeout, func(ctx context.Context) (watch.Interface, error) { return open(ctx, o) })
+		seconds, atMost := p.watchTime()
+		o.TimeoutSeconds = &seconds
+		stream, err := openWithin(ctx, p.openTimeout, atMost, func(ctx context.Context) (watch.Interface, error) { return open(ctx, o) })
 		if err == nil {
 			opened()
 		}
@@ -153,13 +155,15 @@ func (c *calm) wait(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// openWithin opens a watch in time or not at all: while the API server does not answer, nothing else is tried.
-func openWithin(ctx context.Context, limit time.Duration, open func(context.Context) (watch.Interface, error)) (watch.Interface, error) {
+// openWithin opens a watch in time or not at all, because while the API server does not answer, nothing else is tried; and ends it
+// when it is overdue.
+func openWithin(ctx context.Context, limit, atMost time.Duration, open func(context.Context) (watch.Interface, error)) (watch.Interface, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	timer := time.AfterFunc(limit, cancel)
 	stream, err := open(ctx)
 	if inTime := timer.Stop(); err == nil && inTime {
-		return ending{stream, cancel}, nil
+		timer.Reset(atMost)
+		return ending{stream, func() { timer.Stop(); cancel() }}, nil
 	}
 	cancel()
 	if err == nil {
@@ -172,7 +176,7 @@ func openWithin(ctx context.Context, limit time.Duration, open func(context.Cont
 // ending is a watch that ends its context.
 type ending struct {
 	watch.Interface
-	end context.CancelFunc
+	end func()
 }
 
 func (e ending) Stop() {
