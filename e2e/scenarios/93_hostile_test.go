@@ -263,16 +263,17 @@ func TestScenarioHostilePorts(t *testing.T) {
 	})
 
 	p.refusesEndpoint()
+	ports := map[int]int32{1: p.port(1), 2: p.port(2)}
 	// The operator's port by way of the same Service says when kube-proxy has heard of it.
 	for node := 1; node <= 2; node++ {
 		name := fmt.Sprint("daemon", node)
-		ip := p.service(name, control.NodeIP(node), map[string]int32{"daemon": 8254, "operator": 9181})
+		ip := p.service(name, control.NodeIP(node), map[string]int32{"daemon": ports[node], "operator": 9181})
 		for from := 1; from <= 2; from++ {
 			p.until("kube-proxy leads to "+name, func() bool {
 				answer, err := say(from, ip+":9181", hello)
 				return err == nil && strings.HasPrefix(answer, "HTTP/1.0 404 ")
 			})
-			if answer, err := say(from, ip+":8254", hello); !unconnected(err) {
+			if answer, err := say(from, fmt.Sprint(ip, ":", ports[node]), hello); !unconnected(err) {
 				t.Errorf("a Service that leads to the port of node %d answers node %d's pod: %v %.200s", node, from, err, answer)
 			}
 		}
@@ -291,7 +292,7 @@ func TestScenarioHostilePorts(t *testing.T) {
 	// takes waits until the node's port is the thieves', and fails if anybody but mallory comes there.
 	takes := func(how string, node int) {
 		p.until(how, func() bool {
-			answer, err := say(node, netip.AddrPortFrom(control.NodeIP(node), 8254).String(), hello)
+			answer, err := say(node, fmt.Sprint(control.NodeIP(node), ":", ports[node]), hello)
 			return err == nil && strings.HasSuffix(answer, "mallory")
 		})
 		before := greeted()
@@ -303,7 +304,7 @@ func TestScenarioHostilePorts(t *testing.T) {
 	for node := 1; node <= 2; node++ {
 		thief(actor("thief", node), node, func(o *corev1.Pod) {
 			o.Spec.Containers[0].Ports = []corev1.ContainerPort{
-				{ContainerPort: 8080, HostPort: 8254}, {ContainerPort: 8080, HostPort: 80}, {ContainerPort: 8080, HostPort: 80, HostIP: imds.IPv4.String()},
+				{ContainerPort: 8080, HostPort: ports[node]}, {ContainerPort: 8080, HostPort: 80, HostIP: imds.IPv4.String()},
 			}
 		})
 	}
@@ -317,7 +318,7 @@ func TestScenarioHostilePorts(t *testing.T) {
 			ObjectMeta: metav1.ObjectMeta{Name: actor("thief", node)},
 			Spec: corev1.ServiceSpec{
 				Selector: map[string]string{"app": actor("thief", node)}, ExternalIPs: []string{control.NodeIP(node).String()},
-				Ports: []corev1.ServicePort{{Port: 8254, TargetPort: intstr.FromInt32(8080)}},
+				Ports: []corev1.ServicePort{{Port: ports[node], TargetPort: intstr.FromInt32(8080)}},
 			},
 		}, metav1.CreateOptions{})
 		p.must(err)
@@ -327,6 +328,16 @@ func TestScenarioHostilePorts(t *testing.T) {
 	}
 	p.unharmed()
 	p.figures("direct, by Services and as host ports and external IPs: nothing")
+}
+
+// port is the one of the two pod-facing ports at which a node's daemon listens.
+func (p *play) port(node int) int32 {
+	p.Helper()
+	rules := p.onNode(node, "iptables", "-t", "nat", "-S", "IMDSGATE")
+	_, to, _ := strings.Cut(rules, fmt.Sprintf("--to-destination %s:", control.NodeIP(node)))
+	port, err := strconv.ParseInt(strings.TrimSpace(to), 10, 32)
+	p.must(err)
+	return int32(port)
 }
 
 // unconnected reports whether the attacker ended with this because nobody accepted its connection.
