@@ -20,7 +20,7 @@ type mode struct {
 var (
 	oneConnection = mode{name: "document, 1 connection", loading: loading{sequence: "document", imds: 2, reuse: "keep", connections: 1, rate: 1000}}
 	sixteen       = mode{name: "document, 16 connections", often: 3, loading: loading{sequence: "document", imds: 2, reuse: "keep", connections: 16, rate: 6000}}
-	fullV2        = mode{name: "v2 sequence, a connection per request", loading: loading{sequence: "full", imds: 2, reuse: "request", connections: 16, rate: 300}}
+	fullV2        = mode{name: "v2 sequence, a connection per request", often: 3, loading: loading{sequence: "full", imds: 2, reuse: "request", connections: 16, rate: 300}}
 	refusals      = mode{name: "document, warm", loading: loading{sequence: "document", imds: 1, reuse: "keep", connections: 16, rate: 1200}}
 )
 
