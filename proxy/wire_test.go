@@ -7,6 +7,7 @@ import (
 	"io"
 	"log"
 	"net/http"
+	"net/netip"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -45,6 +46,7 @@ func FuzzWire(f *testing.F) {
 	up := &recorder{}
 	s.upstream.client.Transport = up
 	say := func(in []byte, chunk int) []byte {
+		s.tokenRefusals = newRateLimits[netip.Addr](tokenRefusalRate, tokenRefusalRate) // time begins anew for each input
 		fed := newFed(in, chunk)
 		fed.stays = time.Second
 		c := &conn{Conn: fed, shares: newShares(1, 1)}
