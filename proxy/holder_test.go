@@ -152,3 +152,26 @@ func TestUnacknowledgedEnds(t *testing.T) {
 		t.Error("a pipe acknowledges nothing")
 	}
 }
+
+// A connection that its peer has reset has nothing under way: it is not kept until that would have been acknowledged.
+func TestResetByThePeer(t *testing.T) {
+	l := newLab(t, func(o *Options) { o.Hold = 20 * time.Second })
+	ip := podIPs["role"]
+	called := make(chan struct{})
+	done := make(chan struct{})
+	defer close(done)
+	l.issuer.fail = func(cache.Key) error {
+		close(called)
+		<-done
+		return errors.New("too late")
+	}
+	c := dial(t, l.addr, ip)
+	fmt.Fprint(c, "GET "+roleList+"/my-role HTTP/1.1\r\n\r\n")
+	<-called
+	_ = c.Close() // ends the hold; the answer comes to nobody
+	for start := time.Now(); l.conns.of(ip) > 0; time.Sleep(time.Millisecond) {
+		if time.Since(start) > unacknowledged/2 {
+			t.Fatal("the connection is kept")
+		}
+	}
+}

@@ -56,12 +56,11 @@ func (c *conn) Close() error {
 	if c.closing.Swap(true) {
 		return nil
 	}
-	if acknowledged(c.Conn) {
+	if acknowledged(c.Conn) || c.CloseWrite() != nil { // or its peer has reset it: then nothing is under way
 		return c.end()
 	}
-	err := c.CloseWrite()
 	go c.linger()
-	return err
+	return nil
 }
 
 func (c *conn) end() error {
