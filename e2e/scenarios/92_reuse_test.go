@@ -13,6 +13,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/watch"
 
+	"github.com/imdsgate/imdsgate/e2e/imds"
 	"github.com/imdsgate/imdsgate/e2e/scenarios/first"
 )
 
@@ -68,6 +69,9 @@ func (s *scenario) reuse(ns, source string, pods int) first.Reuse {
 	s.Cleanup(func() { s.onNode(1, "rm", "-rf", reuseDir) })
 
 	s.parade(ns, pods)
+	// The last holder of each address has left a connection behind that it never ended. The node would send whoever has the address and
+	// the port next to the daemon that it leads to, for two minutes after that one's end.
+	s.onNode(1, "conntrack", "-D", "-p", "tcp", "-s", reuseAddresses.String(), "-d", imds.IPv4.String())
 
 	u := first.Reuse{Source: source, By: first.Kubelet, Addresses: 14}
 	owners := map[string]string{}
