@@ -46,6 +46,21 @@ func cutEscaped(f family, ours ...netip.AddrPort) (uint, error) {
 	return n, nil
 }
 
+// inUse says whether a TCP socket of the node has the port, and something may still come to it.
+func inUse(f family, port uint16) (used bool, err error) {
+	err = whole(func() error {
+		sockets, err := netlink.SocketDiagTCP(uint8(f.af()))
+		used = slices.ContainsFunc(sockets, func(s *netlink.Socket) bool {
+			return s.ID.SourcePort == port && s.State != netlink.TCP_TIME_WAIT
+		})
+		return err
+	})
+	if err != nil {
+		return false, fmt.Errorf("list the node's sockets: %w", err)
+	}
+	return used, nil
+}
+
 // whole repeats a dump that a change has interrupted, a few times.
 func whole(dump func() error) (err error) {
 	for range 10 {

@@ -1,10 +1,12 @@
 package iptables
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -726,6 +728,70 @@ func TestKernelHandover(t *testing.T) {
 		for c, text := range rules(t) {
 			if strings.Contains(text, chainName) || strings.Contains(text, "proto 169") {
 				t.Errorf("%s after Remove:\n%s", c, text)
+			}
+		}
+	})
+}
+
+// An IP's connections to the instance before this one are spared while that has sockets, and forgotten when it has ended. Then whoever
+// comes from the same port, as the next holder of the IP may, reaches this one; conntrack alone would refuse it.
+func TestKernelHandoverEnds(t *testing.T) {
+	kernelTest(t, func(t *testing.T) {
+		l := newLab(t)
+		l.gates(8255)
+		dir := t.TempDir()
+		old, fresh := newRules(t, "nft", Options{Guard: true, StateDir: dir}), newRules(t, "nft", Options{Guard: true, StateDir: dir})
+		protect(t, old, targets...)
+		connect := func(f family) (c net.Conn, err error) {
+			pod := map[family]netip.Addr{ipv4: l.ptp.v4, ipv6: l.ptp.v6}[f]
+			return c, l.ptp.do(func() error {
+				d := net.Dialer{LocalAddr: &net.TCPAddr{IP: pod.AsSlice(), Port: 40000}, Timeout: long}
+				c, err = d.Dial("tcp", netip.AddrPortFrom(f.endpoint(), 80).String())
+				return err
+			})
+		}
+		type instance struct {
+			listener       net.Listener
+			client, server net.Conn
+		}
+		before := map[family]instance{}
+		for f, at := range map[family]netip.AddrPort{ipv4: gate4, ipv6: gate6} {
+			ln, err := net.Listen("tcp", at.String())
+			must(t, err)
+			c, err := connect(f)
+			must(t, err)
+			must(t, c.SetDeadline(time.Now().Add(long)))
+			server, err := ln.Accept()
+			must(t, err)
+			before[f] = instance{ln, c, server}
+		}
+		protect(t, fresh, nextTargets...)
+		for f, i := range before {
+			for _, state := range []string{"listening", "with a connection"} {
+				fresh.cutEnded(t.Context())
+				if _, err := io.WriteString(i.server, state+"\n"); err != nil {
+					t.Error(err)
+				}
+				if got, err := bufio.NewReader(i.client).ReadString('\n'); got != state+"\n" {
+					t.Errorf("%s: a connection to the instance before, which is %s: %q, %v", f.String(), state, got, err)
+				}
+				i.listener.Close()
+			}
+			must(t, i.server.(*net.TCPConn).SetLinger(0))
+			i.server.Close()
+			if _, err := i.client.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+				t.Errorf("%s: the instance before has ended: %v", f.String(), err)
+			}
+			i.client.Close()
+			if _, err := connect(f); !errors.Is(err, unix.ECONNREFUSED) {
+				t.Errorf("%s: before it is noticed: %v", f.String(), err)
+			}
+			fresh.cutEnded(t.Context())
+			c, err := connect(f)
+			must(t, err)
+			defer c.Close()
+			if got, err := bufio.NewReader(c).ReadString('\n'); got != "gate:8255\n" {
+				t.Errorf("%s: afterwards: %q, %v", f.String(), got, err)
 			}
 		}
 	})

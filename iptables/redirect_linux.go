@@ -29,6 +29,7 @@ type redirect struct {
 	iface    string // -i, "!" negates
 	to       netip.AddrPort
 	previous netip.AddrPort // where the instance before this one listens until it ends: its port stays locked
+	ended    bool           // it has, and what led to it is cut
 }
 
 // tables returns filter before nat, the order of installation: the port is locked before anything leads to it.

@@ -44,6 +44,7 @@ type Rules struct {
 	supersede  func()
 	guardWake  signal
 	wake       signal
+	handover   signal
 
 	// The turn to work on the redirect, which may take as long as somebody holds the xtables lock. Its holder has what follows.
 	turn     chan struct{}
@@ -92,6 +93,7 @@ func New(o Options) (*Rules, error) {
 		superseded: make(chan struct{}),
 		guardWake:  make(signal, 1),
 		wake:       make(signal, 1),
+		handover:   make(signal, 1),
 		turn:       make(chan struct{}, 1),
 		want:       map[family]redirect{},
 		backends:   map[family]*backend{},
@@ -298,6 +300,7 @@ func (r *Rules) installRedirect(ctx context.Context, f family, to netip.AddrPort
 		return err
 	}
 	r.want[f] = d
+	r.handover.raise()
 	if changed {
 		r.log.Info("redirect installed", "family", f.String(), "to", to, "previous", d.previous)
 		r.cut(f, d)
@@ -350,11 +353,42 @@ func onlyOrder(defects []error) bool {
 
 // cut ends the connections that were open before the rules. The guard holds back what it misses.
 func (r *Rules) cut(f family, d redirect) {
-	n, err := cutEscaped(f, d.to, d.previous)
+	ours := []netip.AddrPort{d.to}
+	if !d.ended {
+		ours = append(ours, d.previous)
+	}
+	n, err := cutEscaped(f, ours...)
 	if err != nil {
 		r.log.Warn("connections opened before the redirect may last until they time out", "family", f.String(), "error", err)
 	} else if n > 0 {
 		r.log.Info("cut connections that were open before the redirect", "family", f.String(), "connections", n)
+	}
+}
+
+// cutEnded cuts what led to the instance before this one, once that has no socket any more. Conntrack keeps a connection that was reset,
+// or that its pod never ended, and takes no notice of a new one between the same addresses and ports: that of the next pod with the IP
+// would go to a port where nobody listens, and be refused.
+func (r *Rules) cutEnded(ctx context.Context) {
+	if r.isSuperseded() || r.takeTurn(ctx) != nil {
+		return
+	}
+	defer r.endTurn()
+	for f, d := range r.want {
+		if !d.previous.IsValid() || d.ended {
+			continue
+		}
+		used, err := inUse(f, d.previous.Port())
+		if err != nil {
+			r.log.Debug("connections to the instance before this one may last until they time out", "family", f.String(), "error", err)
+			continue
+		}
+		if used {
+			time.AfterFunc(time.Second, r.handover.raise)
+			continue
+		}
+		d.ended = true
+		r.want[f] = d
+		r.cut(f, d)
 	}
 }
 
@@ -411,6 +445,10 @@ func (r *Rules) Run(ctx context.Context) error {
 	})
 	g.Go(func() error {
 		loop(ctx, r.wake, time.Second, r.every, r.verifyRedirect)
+		return nil
+	})
+	g.Go(func() error {
+		loop(ctx, r.handover, time.Second, r.every, r.cutEnded)
 		return nil
 	})
 	watch := func(what string, f func() error) {
