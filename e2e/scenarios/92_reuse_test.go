@@ -70,7 +70,7 @@ func (s *scenario) reuse(ns, source string, pods int) first.Reuse {
 
 	s.parade(ns, pods)
 	// The last holder of each address has left a connection behind that it never ended. The node would send whoever has the address and
-	// the port next to the daemon that it leads to, for two minutes after that one's end.
+	// the port next to the daemon that it leads to, until a few seconds after that one's end.
 	s.onNode(1, "conntrack", "-D", "-p", "tcp", "-s", reuseAddresses.String(), "-d", imds.IPv4.String())
 
 	u := first.Reuse{Source: source, By: first.Kubelet, Addresses: 14}

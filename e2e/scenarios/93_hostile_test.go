@@ -115,8 +115,12 @@ func (p *play) allServed() {
 	p.Helper()
 	for node := 1; node <= 2; node++ {
 		for account, role := range p.roles {
-			p.askUntil(p.namespace, actor(account, node), account+" is served", func(r sequence.Result) bool { return r.Kind == sequence.OK })
-			p.holds(p.ask(p.namespace, actor(account, node)), role)
+			var first sequence.Result
+			p.askUntil(p.namespace, actor(account, node), account+" is served", func(r sequence.Result) bool {
+				first = r
+				return r.Kind == sequence.OK
+			})
+			p.holds(first, role)
 		}
 		p.askUntil(p.namespace, actor("nobody", node), "nobody has no role", func(r sequence.Result) bool { return r.Kind == sequence.Status && r.Code == 404 })
 	}
