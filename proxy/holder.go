@@ -13,7 +13,8 @@ import (
 // next holder of its IP. So a connection belongs to the pod that was identified on it, and is reset with all that was not acknowledged
 // when the IP is another's; and what its peer does not acknowledge does not live longer than unacknowledged.
 
-// unacknowledged is what an answer may be at most. Kernels acknowledge, not programs: a pod that is stopped or busy does too.
+// unacknowledged is what an answer may be at most. Kernels acknowledge, not programs: a pod that is stopped or busy does too, until the
+// kernel holds tens of kilobytes that it does not read; tcp(7) counts what then cannot be sent as well.
 const unacknowledged = 2 * time.Second
 
 // Moved takes note that ip, whose holder Find named until now, is the pod's with the given UID, or nobody's when that is empty. Find
