@@ -95,6 +95,9 @@ func TestFaultyAnswers(t *testing.T) {
 				}
 				h.run(t)
 				mustWait(t, h.Pods, "10.0.0.1")
+				if log := h.log.String(); name == "no answer" && (!strings.Contains(log, "does not answer within 100ms") || strings.Contains(log, "canceled")) {
+					t.Errorf("the log does not say why:\n%s", log)
+				}
 			})
 		}
 	}

@@ -136,13 +136,16 @@ func (f *follower[O]) open(ctx context.Context) (end func(), err error) {
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	stream, cancel := context.WithCancel(ctx)
+	stream, cancel := context.WithCancelCause(ctx)
 	defer func() {
 		if err != nil {
-			cancel()
+			if stream.Err() != nil {
+				err = context.Cause(stream)
+			}
+			cancel(nil)
 		}
 	}()
-	defer time.AfterFunc(f.pods.openTimeout, cancel).Stop()
+	defer time.AfterFunc(f.pods.openTimeout, func() { cancel(noAnswer(f.pods.openTimeout)) }).Stop()
 
 	seconds, atMost := f.pods.watchTime()
 	o := &metav1.ListOptions{
@@ -181,10 +184,10 @@ func (f *follower[O]) open(ctx context.Context) (end func(), err error) {
 		return nil, err
 	}
 	f.seen, f.frames, f.events, f.object = false, framer.NewFrameReader(resp.Body), events, objects
-	overdue := time.AfterFunc(atMost, cancel)
+	overdue := time.AfterFunc(atMost, func() { cancel(nil) })
 	return func() {
 		overdue.Stop()
-		cancel()
+		cancel(nil)
 		f.frames.Close()
 	}, nil
 }

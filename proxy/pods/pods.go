@@ -49,6 +49,7 @@ type Pods struct {
 	node                     string
 	policy                   *proxy.Policy
 	log                      *slog.Logger
+	moving                   sync.Mutex
 	onMove                   func(ip netip.Addr, uid string)
 	onChange                 func(namespace, serviceAccount string)
 	events                   *events

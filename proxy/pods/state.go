@@ -73,8 +73,10 @@ func (p *Pods) update(apply func(*change)) {
 	}
 }
 
-// moved tells whose an IP is now.
+// moved tells whose an IP is now. One after the other, or an older answer could be told last.
 func (p *Pods) moved(ip netip.Addr) {
+	p.moving.Lock()
+	defer p.moving.Unlock()
 	table := p.table.Load()
 	if p.onMove == nil || table == nil {
 		return

@@ -158,19 +158,27 @@ func (c *calm) wait(ctx context.Context) error {
 // openWithin opens a watch in time or not at all, because while the API server does not answer, nothing else is tried; and ends it
 // when it is overdue.
 func openWithin(ctx context.Context, limit, atMost time.Duration, open func(context.Context) (watch.Interface, error)) (watch.Interface, error) {
-	ctx, cancel := context.WithCancel(ctx)
-	timer := time.AfterFunc(limit, cancel)
+	ctx, cancel := context.WithCancelCause(ctx)
+	timer := time.AfterFunc(limit, func() { cancel(noAnswer(limit)) })
 	stream, err := open(ctx)
-	if inTime := timer.Stop(); err == nil && inTime {
+	inTime := timer.Stop()
+	if err == nil && inTime {
 		timer.Reset(atMost)
-		return ending{stream, func() { timer.Stop(); cancel() }}, nil
+		return ending{stream, func() { timer.Stop(); cancel(nil) }}, nil
 	}
-	cancel()
+	cancel(nil)
 	if err == nil {
 		stream.Stop()
-		err = ctx.Err()
+	}
+	if !inTime {
+		err = context.Cause(ctx)
 	}
 	return nil, err
+}
+
+// noAnswer is why an attempt ends that the API server leaves without one: client-go would say "context canceled".
+func noAnswer(limit time.Duration) error {
+	return fmt.Errorf("the API server does not answer within %v", limit)
 }
 
 // ending is a watch that ends its context.
