@@ -3,6 +3,7 @@ package hostile
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -74,10 +75,13 @@ func (s *stage) pod(t testing.TB, account, role string) *lab.Pod {
 	return p
 }
 
+// errOther is never asked again until it is gone.
+var errOther = errors.New("the credentials of somebody else")
+
 // own says whether the pod gets its own credentials, asking as SDKs do, for up to 10 s.
 func (s *stage) own(ctx context.Context, p *lab.Pod) (err error) {
 	for end := time.Now().Add(10 * time.Second); ; {
-		if err = s.ownNow(ctx, p); err == nil || time.Now().After(end) || ctx.Err() != nil {
+		if err = s.ownNow(ctx, p); err == nil || errors.Is(err, errOther) || time.Now().After(end) || ctx.Err() != nil {
 			return err
 		}
 		select {
@@ -106,7 +110,7 @@ func (s *stage) ownNow(ctx context.Context, p *lab.Pod) error {
 		return err
 	}
 	if owner, ok := s.AWS.Owner(doc.AccessKeyId); !ok || owner.RoleARN != s.roles[p] {
-		return fmt.Errorf("pod %s got the credentials of %+v, want %s", p.Name, owner, s.roles[p])
+		return fmt.Errorf("pod %s got %w: of %+v, not %s", p.Name, errOther, owner, s.roles[p])
 	}
 	return nil
 }
