@@ -14,11 +14,11 @@ import (
 type mode struct {
 	name string
 	loading
-	often int // measurements in a round; those whose CPU time is judged need more, one is a fifth off
+	often int // measurements in a round; those that are judged need more, one is a fifth off
 }
 
 var (
-	oneConnection = mode{name: "document, 1 connection", loading: loading{sequence: "document", imds: 2, reuse: "keep", connections: 1, rate: 1000}}
+	oneConnection = mode{name: "document, 1 connection", often: 3, loading: loading{sequence: "document", imds: 2, reuse: "keep", connections: 1, rate: 1000}}
 	sixteen       = mode{name: "document, 16 connections", often: 3, loading: loading{sequence: "document", imds: 2, reuse: "keep", connections: 16, rate: 6000}}
 	fullV2        = mode{name: "v2 sequence, a connection per request", often: 3, loading: loading{sequence: "full", imds: 2, reuse: "request", connections: 16, rate: 300}}
 	refusals      = mode{name: "document, warm", loading: loading{sequence: "document", imds: 1, reuse: "keep", connections: 16, rate: 1200}}
@@ -50,9 +50,9 @@ func (r *rig) compare(ctx context.Context) (report.Section, error) {
 		role string
 		want int
 	}{
-		{target{"imdsgate, warm", r.ours.pid, r.warm, 80}, "cart", 200},
-		{target{"imdsgate, denied", r.ours.pid, r.denied, 80}, "cart", 403},
-		{target{"imdsgate, no role", r.ours.pid, r.none, 80}, "cart", 404},
+		{target{"imdsgate, warm", r.ours.server, r.warm, 80}, "cart", 200},
+		{target{"imdsgate, denied", r.ours.server, r.denied, 80}, "cart", 403},
+		{target{"imdsgate, no role", r.ours.server, r.none, 80}, "cart", 404},
 	}
 	targets := []target{r.bare[0], r.ours, r.bare[1], r.policies}
 	inTurn := func(r rig, m mode, first int) error {
@@ -69,6 +69,11 @@ func (r *rig) compare(ctx context.Context) (report.Section, error) {
 	short := *r
 	short.length /= 4
 	for round := range r.rounds {
+		if round > 0 {
+			if err := r.restart(ctx); err != nil {
+				return report.Section{}, err
+			}
+		}
 		for _, m := range modes() {
 			for again := range max(1, m.often) {
 				if err := inTurn(*r, m, round+again); err != nil {
@@ -159,7 +164,7 @@ func comparison(s settings, load string) string {
 	return fmt.Sprintf(`The daemon with a role's credentials in memory, and two processes of a bare net/http responder (no timeouts, no checks) that
 answers the same paths with the same headers and bytes. All are reached from a pod by the metadata address and the same kind of
 redirect; "policies" is a daemon on a second node with `+"`-pod-annotations -namespace-policy auto -session-tags`"+` and a namespace with both
-kinds of policy. %d rounds of %v each; the targets take turns, where CPU time is judged three times a round. The load is open: operations
+kinds of policy. %d rounds of %v each, for each of which all processes are started anew; the targets take turns, three times a round where there is a bar. The load is open: operations
 begin by the clock, and latency counts from when each was to begin. CPU time is that of the process by its threads' schedstat. Figures are medians of the rounds; ratios are
 medians of each round's ratio to "bare 1", with their range; "bare 2" is the error bar, without the highest and the lowest quarter.
 The machine's load average before was %s.`, s.rounds, s.length, load)

@@ -73,7 +73,7 @@ func (r *rig) disturb(ctx context.Context) (report.Section, error) {
 		return report.Section{}, fmt.Errorf("the first sessions: %w", err)
 	}
 
-	ours := target{"imdsgate", d.PID(), pod, 80}
+	ours := target{"imdsgate", &server{pid: d.PID()}, pod, 80}
 	var got, bare [phases]series
 	short := *r
 	short.length = segment - 500*time.Millisecond

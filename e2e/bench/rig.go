@@ -41,12 +41,51 @@ type rig struct {
 	policies target // of the other node
 }
 
-// target is a process that answers, and how a pod asks it.
+// target is a server, and how a pod asks it.
 type target struct {
 	name string
-	pid  int
+	*server
 	pod  *lab.Pod
 	port int // of the metadata address
+}
+
+// server is a process that answers and can be started anew.
+type server struct {
+	start func(context.Context) (pid int, stop func(context.Context) error, err error) // returns when it answers
+	pid   int
+	stop  func(context.Context) error // nil: not started yet
+}
+
+func (s *server) restart(ctx context.Context) (err error) {
+	if s.stop != nil {
+		if err := s.stop(ctx); err != nil {
+			return err
+		}
+	}
+	s.pid, s.stop, err = s.start(ctx)
+	return err
+}
+
+// restart starts every server anew. Of two equal processes one is several per cent slower than the other for as long as both live.
+func (r *rig) restart(ctx context.Context) error {
+	for _, t := range []target{r.bare[0], r.ours, r.bare[1], r.policies} {
+		if err := t.restart(ctx); err != nil {
+			return fmt.Errorf("start %s: %w", t.name, err)
+		}
+	}
+	return nil
+}
+
+// daemon is one of a node, that has answered a pod.
+func (r *rig) daemon(n *lab.Node, p *lab.Pod, flags ...string) *server {
+	return &server{start: func(ctx context.Context) (int, func(context.Context) error, error) {
+		d, err := n.StartDaemon(ctx, flags...)
+		if err != nil {
+			return 0, nil, err
+		}
+		_, err = r.answers(ctx, p)
+		return d.PID(), d.Stop, err
+	}}
 }
 
 func newRig(ctx context.Context, s settings) (r *rig, err error) {
@@ -77,23 +116,25 @@ func newRig(ctx context.Context, s settings) (r *rig, err error) {
 	if err := r.addPods(ctx); err != nil {
 		return nil, err
 	}
-	d, err := r.node.StartDaemon(ctx, "-issuer", "web-identity")
-	if err != nil {
+	r.ours = target{"imdsgate", r.daemon(r.node, r.warm, "-issuer", "web-identity"), r.warm, 80}
+	if err := r.ours.restart(ctx); err != nil {
 		return nil, err
 	}
-	r.ours = target{"imdsgate", d.PID(), r.warm, 80}
 	answers, err := r.answers(ctx, r.warm)
 	if err != nil {
 		return nil, err
 	}
 	for i := range r.bare {
-		pid, err := r.startBare(ctx, bare, answers, 8300+i, 81+i)
+		s, err := r.bareServer(ctx, bare, answers, 8300+i, 81+i)
 		if err != nil {
 			return nil, err
 		}
-		r.bare[i] = target{fmt.Sprintf("bare %d", i+1), pid, r.warm, 81 + i}
+		r.bare[i] = target{fmt.Sprintf("bare %d", i+1), s, r.warm, 81 + i}
 	}
-	return r, r.addPolicies(ctx)
+	if err := r.addPolicies(ctx); err != nil {
+		return nil, err
+	}
+	return r, r.restart(ctx)
 }
 
 func (r *rig) close() error {
@@ -182,13 +223,9 @@ func (r *rig) addPolicies(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	d, err := n.StartDaemon(ctx, "-pod-annotations", "-namespace-policy", "auto", "-session-tags", "-cluster-name", "bench")
-	if err != nil {
-		return err
-	}
-	r.policies = target{"imdsgate, policies", d.PID(), p, 80}
-	_, err = r.answers(ctx, p)
-	return err
+	s := r.daemon(n, p, "-pod-annotations", "-namespace-policy", "auto", "-session-tags", "-cluster-name", "bench")
+	r.policies = target{"imdsgate, policies", s, p, 80}
+	return nil
 }
 
 // answer is what the bare responder is given for a path: see package bare.
@@ -232,8 +269,8 @@ func (r *rig) answers(ctx context.Context, p *lab.Pod) (map[string]answer, error
 	return all, err
 }
 
-// startBare starts a bare responder on the node, to which port of the metadata address leads by rules as the daemon's.
-func (r *rig) startBare(ctx context.Context, binary string, answers map[string]answer, listen, port int) (pid int, err error) {
+// bareServer is a bare responder of the node, to which port of the metadata address leads by rules as the daemon's.
+func (r *rig) bareServer(ctx context.Context, binary string, answers map[string]answer, listen, port int) (*server, error) {
 	to := r.node.IP.String()
 	for _, rule := range [][]string{
 		{"-A", "INPUT", "-d", to, "-p", "tcp", "--dport", strconv.Itoa(listen), "-m", "conntrack", "--ctorigdst", metadata, "-j", "ACCEPT"},
@@ -241,27 +278,36 @@ func (r *rig) startBare(ctx context.Context, binary string, answers map[string]a
 		{"-t", "nat", "-A", "PREROUTING", "-d", metadata, "-p", "tcp", "--dport", strconv.Itoa(port), "-j", "DNAT", "--to-destination", fmt.Sprintf("%s:%d", to, listen)},
 	} {
 		if _, err := r.node.Run(ctx, "iptables", append([]string{"-w"}, rule...)...); err != nil {
-			return 0, err
+			return nil, err
 		}
 	}
 	table, err := json.Marshal(answers)
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
-	cmd := r.node.Command(ctx, binary, "-addr", fmt.Sprintf("%s:%d", to, listen))
-	cmd.Stdin = bytes.NewReader(table)
-	cmd.Stderr = os.Stderr
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		return 0, err
-	}
-	if err := cmd.Start(); err != nil {
-		return 0, err
-	}
-	if line, err := bufio.NewReader(out).ReadString('\n'); line != "ready\n" {
-		return 0, fmt.Errorf("the bare responder did not start: %q, %w", line, err)
-	}
-	return cmd.Process.Pid, nil // it ends with this process
+	return &server{start: func(ctx context.Context) (int, func(context.Context) error, error) {
+		ctx, kill := context.WithCancel(ctx)
+		cmd := r.node.Command(ctx, binary, "-addr", fmt.Sprintf("%s:%d", to, listen))
+		cmd.Stdin = bytes.NewReader(table)
+		cmd.Stderr = os.Stderr
+		out, err := cmd.StdoutPipe()
+		if err == nil {
+			err = cmd.Start()
+		}
+		if err != nil {
+			kill()
+			return 0, nil, err
+		}
+		stop := func(context.Context) error {
+			kill()
+			_ = cmd.Wait() // it was killed
+			return nil
+		}
+		if line, err := bufio.NewReader(out).ReadString('\n'); line != "ready\n" {
+			return 0, nil, errors.Join(fmt.Errorf("the bare responder did not start: %q, %w", line, err), stop(ctx))
+		}
+		return cmd.Process.Pid, stop, nil // it ends with this process
+	}}, nil
 }
 
 // measurement is what one run of the load told.
