@@ -378,17 +378,20 @@ func (r *Rules) cutEnded(ctx context.Context) {
 			continue
 		}
 		used, err := inUse(f, d.previous.Port())
-		if err != nil {
+		var n uint
+		if err == nil && !used {
+			n, err = cutEscaped(f, d.to)
+		}
+		switch {
+		case err != nil: // again after the interval
 			r.log.Debug("connections to the instance before this one may last until they time out", "family", f.String(), "error", err)
-			continue
-		}
-		if used {
+		case used:
 			time.AfterFunc(time.Second, r.handover.raise)
-			continue
+		default:
+			d.ended = true
+			r.want[f] = d
+			r.log.Debug("the instance before this one has ended, and conntrack has forgotten it", "family", f.String(), "entries", n)
 		}
-		d.ended = true
-		r.want[f] = d
-		r.cut(f, d)
 	}
 }
 
