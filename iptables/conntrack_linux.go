@@ -46,12 +46,12 @@ func cutEscaped(f family, ours ...netip.AddrPort) (uint, error) {
 	return n, nil
 }
 
-// inUse says whether a TCP socket of the node has the port, and something may still come to it.
+// inUse says whether a TCP socket of the node has the port and more to do than to wait for its peer's end.
 func inUse(f family, port uint16) (used bool, err error) {
 	err = whole(func() error {
 		sockets, err := netlink.SocketDiagTCP(uint8(f.af()))
 		used = slices.ContainsFunc(sockets, func(s *netlink.Socket) bool {
-			return s.ID.SourcePort == port && s.State != netlink.TCP_TIME_WAIT
+			return s.ID.SourcePort == port && s.State != netlink.TCP_FIN_WAIT2 && s.State != netlink.TCP_TIME_WAIT
 		})
 		return err
 	})
