@@ -373,7 +373,9 @@ func (d *daemon) sendPodsHere(listeners []net.Listener, second bool) func(contex
 func listen(ctx context.Context, ips []netip.Addr, port int) (listeners []net.Listener, second bool, err error) {
 	bind := func(port int) (ls []net.Listener, err error) {
 		for _, ip := range ips {
-			var lc net.ListenConfig
+			// No probes: an idle connection ends after 75 s, one to a pod that is gone with the pod. They would be four system calls of the
+			// fifteen that a connection with one request takes.
+			lc := net.ListenConfig{KeepAlive: -1}
 			// A connection of several paths would go on, as its first one's, over another when that one's address is the next pod's.
 			lc.SetMultipathTCP(false)
 			l, err := lc.Listen(ctx, "tcp", net.JoinHostPort(ip.String(), strconv.Itoa(port)))
