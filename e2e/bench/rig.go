@@ -334,7 +334,7 @@ func (r *rig) ask(ctx context.Context, t target, l loading) (measurement, error)
 	if err != nil {
 		var exit *exec.ExitError
 		if errors.As(err, &exit) {
-			err = fmt.Errorf("%w: %s", err, exit.Stderr)
+			err = fmt.Errorf("%w: %s%s", err, exit.Stderr, out)
 		}
 		return measurement{}, fmt.Errorf("ask %s: %w", t.name, err)
 	}
