@@ -41,8 +41,8 @@
 //   - An agent that insists on the first place is reported and put behind three times, then once in 30 s, not fought
 //     (TestKernelRepairNFT).
 //   - One instance at a time repairs: who took ownership last. The change of target loses no connection, and the port of the
-//     instance before stays locked (TestKernelHandover, TestOwnership). What conntrack keeps of connections to that one is deleted a
-//     second after it has ended, or the next pod with the same IP and port would be led there (TestKernelHandoverEnds).
+//     instance before stays locked (TestKernelHandover, TestOwnership). What conntrack keeps of connections to that one is deleted
+//     within a second of its last socket, or the next pod with the same IP and port would be led there (TestKernelHandoverEnds).
 //   - The redirect that an earlier run made with the other back end goes, once this one's is there (TestKernelOtherBackend).
 //   - A held xtables lock is waited for, never fatal, and outlasts no context (TestKernelLockHeld).
 //   - Foreign rules are never touched, and our routing rules are removed on a full match only (TestKernelRedirect,

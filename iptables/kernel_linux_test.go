@@ -797,6 +797,54 @@ func TestKernelHandoverEnds(t *testing.T) {
 	})
 }
 
+// An instance that does not know yet that there is a next one cuts nothing of that one's.
+func TestKernelHandoverUnnoticed(t *testing.T) {
+	kernelTest(t, func(t *testing.T) {
+		l := newLab(t)
+		dir := t.TempDir()
+		at := func(port uint16) (to []netip.AddrPort) {
+			return []netip.AddrPort{netip.AddrPortFrom(node4, port), netip.AddrPortFrom(node6, port)}
+		}
+		var second *Rules
+		for port := uint16(8254); port <= 8256; port++ {
+			r := newRules(t, "nft", Options{Guard: true, StateDir: dir})
+			protect(t, r, at(port)...)
+			if port == 8255 {
+				second = r
+			}
+		}
+		l.gates(8256)
+		for _, f := range families() {
+			c, got, err := l.ptp.open(netip.AddrPortFrom(f.endpoint(), 80))
+			must(t, err)
+			defer c.Close()
+			if got != "gate:8256" {
+				t.Errorf("%s: %q", f.String(), got)
+			}
+		}
+		led := func() (n int) {
+			for _, f := range families() {
+				flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, netlink.InetFamily(f.af()))
+				must(t, err)
+				for _, flow := range flows {
+					if flow.Reverse.SrcPort == 8256 {
+						n++
+					}
+				}
+			}
+			return n
+		}
+		before := led()
+		second.cutEnded(t.Context())
+		if after := led(); before != 2 || after != before {
+			t.Errorf("%d connections lead to the newest instance, then %d", before, after)
+		}
+		if !second.isSuperseded() {
+			t.Error("it does not know yet")
+		}
+	})
+}
+
 // A daemon that uses the other back end than the one before it: what is left of that one's redirect leads nowhere.
 func TestKernelOtherBackend(t *testing.T) {
 	kernelTest(t, func(t *testing.T) {

@@ -26,10 +26,10 @@ type listing struct {
 
 // redirect is the wanted state of one family.
 type redirect struct {
-	iface    string // -i, "!" negates
-	to       netip.AddrPort
-	previous netip.AddrPort // where the instance before this one listens until it ends: its port stays locked
-	ended    bool           // it has, and what led to it is cut
+	iface         string // -i, "!" negates
+	to            netip.AddrPort
+	previous      netip.AddrPort // where the instance before this one listens until it ends: its port stays locked
+	previousEnded bool           // and what led to it is cut
 }
 
 // tables returns filter before nat, the order of installation: the port is locked before anything leads to it.

@@ -354,7 +354,7 @@ func onlyOrder(defects []error) bool {
 // cut ends the connections that were open before the rules. The guard holds back what it misses.
 func (r *Rules) cut(f family, d redirect) {
 	ours := []netip.AddrPort{d.to}
-	if !d.ended {
+	if !d.previousEnded {
 		ours = append(ours, d.previous)
 	}
 	n, err := cutEscaped(f, ours...)
@@ -374,21 +374,29 @@ func (r *Rules) cutEnded(ctx context.Context) {
 	}
 	defer r.endTurn()
 	for f, d := range r.want {
-		if !d.previous.IsValid() || d.ended {
+		if !d.previous.IsValid() || d.previousEnded {
 			continue
 		}
 		used, err := inUse(f, d.previous.Port())
 		var n uint
 		if err == nil && !used {
-			n, err = cutEscaped(f, d.to)
+			err = r.owner.locked(ctx, func() (err error) {
+				if err = r.owner.check(); err == nil {
+					n, err = cutEscaped(f, d.to)
+				}
+				return err
+			})
 		}
 		switch {
+		case errors.Is(err, errSuperseded): // what leads elsewhere leads to the next instance
+			r.supersede()
+			return
 		case err != nil: // again after the interval
 			r.log.Debug("connections to the instance before this one may last until they time out", "family", f.String(), "error", err)
 		case used:
 			time.AfterFunc(time.Second, r.handover.raise)
 		default:
-			d.ended = true
+			d.previousEnded = true
 			r.want[f] = d
 			r.log.Debug("the instance before this one has ended, and conntrack has forgotten it", "family", f.String(), "entries", n)
 		}
