@@ -155,23 +155,25 @@ func TestUnacknowledgedEnds(t *testing.T) {
 
 // A connection that its peer has reset has nothing under way: it is not kept until that would have been acknowledged.
 func TestResetByThePeer(t *testing.T) {
-	l := newLab(t, func(o *Options) { o.Hold = 20 * time.Second })
-	ip := podIPs["role"]
-	called := make(chan struct{})
-	done := make(chan struct{})
-	defer close(done)
-	l.issuer.fail = func(cache.Key) error {
-		close(called)
-		<-done
-		return errors.New("too late")
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
 	}
-	c := dial(t, l.addr, ip)
-	fmt.Fprint(c, "GET "+roleList+"/my-role HTTP/1.1\r\n\r\n")
-	<-called
-	_ = c.Close() // ends the hold; the answer comes to nobody
-	for start := time.Now(); l.conns.of(ip) > 0; time.Sleep(time.Millisecond) {
-		if time.Since(start) > unacknowledged/2 {
-			t.Fatal("the connection is kept")
-		}
+	l := &listener{Listener: ln, shares: newShares(1, 1), accepted: func(time.Time) {}, refused: func() {}}
+	defer l.Close()
+	ip := podIPs["role"]
+	_ = dial(t, ln.Addr().String(), ip).Close()
+	c, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for err == nil { // until its kernel has said that nobody reads
+		_, err = io.WriteString(c, "an answer")
+	}
+	if acknowledged(c.(*conn).Conn) {
+		t.Error("nothing is under way: the test shows nothing")
+	}
+	if err := c.Close(); err != nil || l.shares.of(ip) > 0 {
+		t.Errorf("%d connections are kept: %v", l.shares.of(ip), err)
 	}
 }
