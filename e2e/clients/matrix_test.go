@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -16,9 +17,12 @@ import (
 	"github.com/imdsgate/imdsgate/e2e/labtest"
 )
 
-// lag is how long after a pod's first question its answer becomes possible: within the daemon's hold of 450 ms, and with as much of it
-// left as a busy machine may need to make it so.
-const lag = 150 * time.Millisecond
+// lag is how long after a pod's first question its answer becomes possible: within the daemon's hold
+// of 450 ms.
+const lag = 300 * time.Millisecond
+
+// tooLate is what lag must not become on a machine that stands still for a moment: the hold would be over.
+const tooLate = 400 * time.Millisecond
 
 // situation is what the clients find when they start, and what happens between their two fetches.
 type situation struct {
@@ -27,7 +31,7 @@ type situation struct {
 	env   []string          // of the clients
 	who   func(client) bool // nil: all
 	noIP  bool              // the API server does not know the pods' IPs yet
-	// oneByOne keeps the clients from taking each other's processor: the answer has 300 ms beyond the lag.
+	// oneByOne keeps the clients from taking each other's processor: the answer has 150 ms beyond the lag.
 	oneByOne bool
 	// prepare makes a client's role and service account; nil: both as they should be.
 	prepare func(context.Context, *stage, *run) error
@@ -64,7 +68,8 @@ type run struct {
 	list    <-chan struct{} // its first request for the role list
 	results []result
 	seen    []exchange
-	err     error // how it died
+	came    time.Time // when what it asked for became possible
+	err     error     // how it died
 }
 
 // TestClients is the matrix of real clients and situations, against the daemon on a lab node.
@@ -132,17 +137,21 @@ func TestClients(t *testing.T) {
 			ok: outcomes{all, all}, check: tokenKept,
 		},
 		{
-			name: "IP 150 ms late", noIP: true, oneByOne: true, asked: reportIP,
+			name: "IP 300 ms late", noIP: true, oneByOne: true, asked: reportIP,
 			ok: outcomes{all}, check: listHeld,
 		},
 		{
-			name: "STS 150 ms late", prepare: stalled, oneByOne: true, asked: goOn,
+			name: "STS 300 ms late", prepare: stalled, oneByOne: true, asked: goOn,
 			ok: outcomes{all}, check: listHeld,
 		},
 	} {
 		t.Run(s.name, func(t *testing.T) {
 			start := time.Now()
 			st := play(t, l, argv, s)
+			for again := 0; again < 2 && st.late(); again++ {
+				t.Log("what comes late came later than the hold: played again")
+				st = play(t, l, argv, s)
+			}
 			results.add(s.name, time.Since(start), st.runs)
 			for _, r := range st.runs {
 				t.Run(r.client.name, func(t *testing.T) {
@@ -216,6 +225,14 @@ func play(t *testing.T, l *lab.Lab, argv map[string][]string, s situation) *stag
 	return st
 }
 
+// late says whether a client was let wait for longer than the situation says.
+func (s *stage) late() bool {
+	return slices.ContainsFunc(s.runs, func(r *run) bool {
+		first := slices.IndexFunc(r.seen, exchange.list)
+		return first >= 0 && r.came.Sub(r.seen[first].sent) > tooLate
+	})
+}
+
 // each calls f for the clients that are alive and keeps its error as how they died.
 func (s *stage) each(atATime int, f func(*run) error) {
 	parallel(atATime, len(s.runs), func(i int) {
@@ -240,7 +257,9 @@ func (r *run) first(ctx context.Context, st *stage, s situation, argv []string) 
 		select {
 		case <-r.list:
 			time.Sleep(lag) // this is the fault, not a wait for something
-			event <- s.asked(ctx, st, r)
+			err := s.asked(ctx, st, r)
+			r.came = time.Now()
+			event <- err
 		case <-fetched:
 			event <- errors.New("the client never asked for the role list")
 		}

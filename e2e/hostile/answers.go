@@ -65,9 +65,6 @@ func Try(ctx context.Context, dial func(context.Context) (net.Conn, error), requ
 	var mu sync.Mutex
 	try := func(r Request) {
 		c, err := dial(ctx)
-		if errors.Is(err, syscall.ECONNRESET) {
-			return // as below, before it was noticed that there is a connection
-		}
 		if err != nil {
 			mu.Lock()
 			defer mu.Unlock()

@@ -121,6 +121,7 @@ func (p *play) allServed() {
 				return r.Kind == sequence.OK
 			})
 			p.holds(first, role)
+			p.holds(p.ask(p.namespace, actor(account, node)), role)
 		}
 		p.askUntil(p.namespace, actor("nobody", node), "nobody has no role", func(r sequence.Result) bool { return r.Kind == sequence.Status && r.Code == 404 })
 	}

@@ -53,7 +53,7 @@ func run(ctx context.Context, args []string) error {
 			}
 			requests = requests[:min(n, len(requests))]
 		}
-		return out.Encode(hostile.Try(ctx, dialer(args[1], 10*time.Second), requests, names.Node))
+		return out.Encode(hostile.Try(ctx, dialer(args[1]), requests, names.Node))
 	case len(args) == 2 && args[0] == "packets":
 		var place hostile.Place
 		if err := json.Unmarshal([]byte(args[1]), &place); err != nil {
@@ -84,7 +84,7 @@ func run(ctx context.Context, args []string) error {
 		}
 		return out.Encode(flooded)
 	case len(args) == 3 && args[0] == "say":
-		c, err := dialer(args[1], 2*time.Second)(ctx)
+		c, err := dialer(args[1])(ctx)
 		if err != nil {
 			return err
 		}
@@ -113,9 +113,9 @@ func run(ctx context.Context, args []string) error {
 	return fmt.Errorf("what is %q? see the source", args)
 }
 
-// dialer connects to an address, which may begin with tls://, and gives up after so long.
-func dialer(address string, patience time.Duration) func(context.Context) (net.Conn, error) {
-	d := &net.Dialer{Timeout: patience}
+// dialer connects to an address, which may begin with tls://.
+func dialer(address string) func(context.Context) (net.Conn, error) {
+	d := &net.Dialer{Timeout: 2 * time.Second}
 	if to, ok := strings.CutPrefix(address, "tls://"); ok {
 		return func(ctx context.Context) (net.Conn, error) {
 			return (&tls.Dialer{NetDialer: d, Config: &tls.Config{InsecureSkipVerify: true}}).DialContext(ctx, "tcp", to) //nolint:gosec // whoever answers
