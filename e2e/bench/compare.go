@@ -164,7 +164,7 @@ func comparison(s settings, load string) string {
 	return fmt.Sprintf(`The daemon with a role's credentials in memory, and two processes of a bare net/http responder (no timeouts, no checks) that
 answers the same paths with the same headers and bytes. All are reached from a pod by the metadata address and the same kind of
 redirect; "policies" is a daemon on a second node with `+"`-pod-annotations -namespace-policy auto -session-tags`"+` and a namespace with both
-kinds of policy. %d rounds of %v each, for each of which all processes are started anew; the targets take turns, three times a round where there is a bar. The load is open: operations
+kinds of policy. %d rounds of %v each, for each of which all processes are started anew; the targets take turns, three times a round where the bare responder is the bar. The load is open: operations
 begin by the clock, and latency counts from when each was to begin. CPU time is that of the process by its threads' schedstat. Figures are medians of the rounds; ratios are
 medians of each round's ratio to "bare 1", with their range; "bare 2" is the error bar, without the highest and the lowest quarter.
 The machine's load average before was %s.`, s.rounds, s.length, load)
