@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"errors"
+	"net/http"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -19,8 +20,9 @@ type deadlines struct {
 	timer       *time.Timer // nil until there is something to look after
 	next        time.Time   // when it fires
 	closed      bool
+	lookout     lookout
 
-	idle    atomic.Bool  // waits for its next request
+	state   atomic.Int32 // http.ConnState
 	writes  atomic.Int64 // begun and ended ones: odd while one is under way
 	waited  lasting      // since an answer
 	written lasting
@@ -72,6 +74,7 @@ func (c *conn) setDeadline(d *deadline, t time.Time, socket func(time.Time) erro
 	l.mu.Lock()
 	d.at = t
 	switch {
+	case d == &l.read && l.lookout.ends(l, t):
 	case t.IsZero() && !d.told: // four of the six
 	case t.Equal(interrupt()):
 		d.told, err = true, socket(t)
@@ -109,7 +112,8 @@ func (c *conn) lookAfter() {
 	now := time.Now()
 	next := now.Add(look)
 	read, write := l.read.at, l.write.at
-	if read.IsZero() && l.idle.Load() {
+	l.lookout.begin() // a request that takes so long
+	if read.IsZero() && l.state.Load() == int32(http.StateIdle) {
 		read = l.waited.ends(c.served.Load(), now, idleTimeout)
 	}
 	if n := l.writes.Load(); write.IsZero() && n%2 == 1 {
@@ -146,6 +150,7 @@ func (c *conn) stopDeadlines() {
 	c.deadlines.mu.Lock()
 	defer c.deadlines.mu.Unlock()
 	c.deadlines.closed = true
+	c.deadlines.lookout.begin()
 	if c.deadlines.timer != nil {
 		c.deadlines.timer.Stop()
 		c.deadlines.timer = nil

@@ -117,7 +117,7 @@ func TestWriteDeadlines(t *testing.T) {
 	})
 }
 
-// What net/http does with the deadlines of a connection that is kept alive touches the socket for the interruption alone.
+// What net/http does with the deadlines of a connection that is kept alive touches the socket for the interruption of a read alone.
 func TestDeadlinesAreCheap(t *testing.T) {
 	piped(t, func(t *testing.T, c *conn, socket *counted, peer net.Conn) {
 		const requests = 100
@@ -144,26 +144,31 @@ func TestDeadlinesAreCheap(t *testing.T) {
 	})
 }
 
+func nobody() CallerFinder { return newCallers() }
+
+// servePipe serves one connection under fake time, and holds requests for 20 s.
+func servePipe(t *testing.T, callers func() CallerFinder, client func(peer net.Conn, br *bufio.Reader)) {
+	synctest.Test(t, func(t *testing.T) {
+		s, err := NewServer(Options{Callers: callers(), Credentials: noCredentials{}, TokenKey: make([]byte, 32), IMDSv1: true, Hold: 20 * time.Second})
+		if err != nil {
+			t.Fatal(err)
+		}
+		near, far := net.Pipe()
+		c := &conn{Conn: near, shares: newShares(1, 1)}
+		c.shares.acquire(c, podIPs["role"], time.Now())
+		hs, done := s.httpServer(), make(chan struct{})
+		go func() { _ = hs.Serve(&oneConn{conn: c, done: done}) }()
+		client(far, bufio.NewReader(far))
+		close(done)
+		_ = hs.Close()
+		_ = far.Close()
+	})
+}
+
 // What net/http sets no deadline for ends all the same, at most a look later.
 func TestIdleAndStuck(t *testing.T) {
 	const ask = "GET / HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n"
-	serve := func(t *testing.T, client func(peer net.Conn, br *bufio.Reader)) {
-		synctest.Test(t, func(t *testing.T) {
-			s, err := NewServer(Options{Callers: newCallers(), Credentials: noCredentials{}, TokenKey: make([]byte, 32), IMDSv1: true, Hold: 20 * time.Second})
-			if err != nil {
-				t.Fatal(err)
-			}
-			near, far := net.Pipe()
-			c := &conn{Conn: near, shares: newShares(1, 1)}
-			c.shares.acquire(c, podIPs["role"], time.Now())
-			hs, done := s.httpServer(), make(chan struct{})
-			go func() { _ = hs.Serve(&oneConn{conn: c, done: done}) }()
-			client(far, bufio.NewReader(far))
-			close(done)
-			_ = hs.Close()
-			_ = far.Close()
-		})
-	}
+	serve := func(t *testing.T, client func(peer net.Conn, br *bufio.Reader)) { servePipe(t, nobody, client) }
 	answered := func(t *testing.T, peer net.Conn, br *bufio.Reader) {
 		t.Helper()
 		go func() { _, _ = io.WriteString(peer, ask) }()

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"net"
+	"os"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -110,6 +111,9 @@ func (c *conn) Read(p []byte) (int, error) {
 	}
 	if c.perRead > 0 {
 		time.Sleep(c.source.charge(time.Now(), c.perRead))
+	}
+	if len(p) == 1 && !c.deadlines.awaitLookout() {
+		return 0, os.ErrDeadlineExceeded
 	}
 	if len(c.ready) == 0 {
 		c.ready = nil

@@ -86,5 +86,8 @@ func (q request) find() (c *Caller, held bool, err error) {
 
 // context ends with the request's one deadline, or when the client leaves.
 func (q request) context() (context.Context, context.CancelFunc) {
+	if q.conn != nil {
+		q.conn.deadlines.beginLookout()
+	}
 	return context.WithDeadline(q.r.Context(), q.start.Add(q.s.hold))
 }

@@ -334,7 +334,7 @@ func (c *conn) pay(label handlerLabel, failed bool, now time.Time) {
 
 // connState lets a connection whose source has used up its time wait for its next request. Others of the source have waits of
 // their own, one behind the other: so nobody waits longer than all its connections together are worth. And it tells deadlines
-// when a connection is idle.
+// what a connection is at.
 func connState(nc net.Conn, state http.ConnState) {
 	c, ok := nc.(*conn)
 	if !ok {
@@ -343,5 +343,5 @@ func connState(nc net.Conn, state http.ConnState) {
 	if state == http.StateIdle && c.wait > 0 {
 		time.Sleep(c.wait)
 	}
-	c.deadlines.idle.Store(state == http.StateIdle)
+	c.deadlines.state.Store(int32(state))
 }

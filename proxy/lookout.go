@@ -1,0 +1,60 @@
+package proxy
+
+import (
+	"net/http"
+	"sync"
+	"time"
+)
+
+// lookout is net/http's for a client that leaves before it is answered: a goroutine of each request reads one byte, and a deadline in
+// the past ends that when there is an answer. It matters to a request that has to wait for something, and begins when it does. Until
+// then the goroutine waits here: an answer from memory takes less time than a read that finds nothing, the poller that is told of the
+// deadline and taken back, and the other thread that all of this wakes (with it 1.11 times a bare responder's CPU time, without 1.04).
+type lookout struct {
+	begun bool // the socket may be read
+	ended bool // without having begun
+	cond  sync.Cond
+}
+
+// awaitLookout waits, in a read that may be the look-out, until it is to begin. It says no when it has ended instead.
+func (l *deadlines) awaitLookout() bool {
+	if l.state.Load() != int32(http.StateActive) {
+		return true // a byte of a head
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	o := &l.lookout
+	o.cond.L = &l.mu
+	for l.read.at.IsZero() && !o.begun && !l.closed { // with a deadline it is a byte of a body
+		o.cond.Wait()
+	}
+	return !o.ended
+}
+
+// beginLookout is for a request that has to wait. It may come more than once.
+func (l *deadlines) beginLookout() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.lookout.begin()
+}
+
+// begin lets the look-out read. The lock is held.
+func (o *lookout) begin() {
+	if !o.begun {
+		o.begun = true
+		o.cond.Broadcast()
+	}
+}
+
+// ends takes note of a deadline for reads, and says whether it is the one that ends a look-out that has not begun: then the socket
+// need not know. The lock is held.
+func (o *lookout) ends(l *deadlines, t time.Time) bool {
+	o.ended = !o.begun && t.Equal(interrupt()) && l.state.Load() == int32(http.StateActive)
+	if !t.Equal(interrupt()) {
+		o.begun = false // the next one, or the next request's
+	}
+	if o.ended {
+		o.cond.Broadcast()
+	}
+	return o.ended
+}
