@@ -143,7 +143,7 @@ const alone = 250 * time.Millisecond
 func (s *shares) charge(src *source, now time.Time, cost time.Duration) (wait time.Duration) {
 	if last := s.last.Load(); last != src {
 		s.last.Store(src)
-		if last != nil {
+		if last != nil && last.ip != src.ip { // or it was forgotten meanwhile, and is the same
 			s.turn.Store(now.UnixNano())
 		}
 	}

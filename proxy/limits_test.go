@@ -277,7 +277,7 @@ func TestBudgets(t *testing.T) {
 // while.
 func TestAloneWaitsForNobody(t *testing.T) {
 	s, now := newShares(10, 10), time.Now()
-	greedy, modest := &source{}, &source{}
+	greedy, modest := &source{ip: podIPs["role"]}, &source{ip: podIPs["other"]}
 	for range 10_000 {
 		if w := s.charge(greedy, now, costAnswer); w != 0 {
 			t.Fatalf("alone, a source waits %v", w)
@@ -308,6 +308,27 @@ func TestAloneIsNotRefused(t *testing.T) {
 	}
 	if ok, _ := s.acquire(&conn{}, podIPs["other"], now); !ok || s.charge(c.source, now, costConn) != 0 {
 		t.Error("a load test of one pod alone gets no further connection")
+	}
+}
+
+// Who comes back after it was forgotten is not another.
+func TestAloneAgain(t *testing.T) {
+	s, now := newShares(10, 10), time.Now()
+	for range 2 {
+		c := &conn{shares: s, accepted: now.UnixNano()}
+		s.acquire(c, podIPs["role"], now)
+		for range 10_000 {
+			if w := s.charge(c.source, now, costAnswer); w != 0 {
+				t.Fatalf("alone, a source waits %v", w)
+			}
+		}
+		c.served.Store(now.UnixNano() + 1)
+		s.release(c)
+		now = now.Add(2 * time.Second)
+		s.sweep(now)
+		if len(s.sources) != 0 {
+			t.Fatal("it was not forgotten")
+		}
 	}
 }
 
