@@ -14,33 +14,39 @@ import (
 type mode struct {
 	name string
 	loading
-	often int // measurements in a round; those that are judged need more, one is a fifth off
+	turns int // of every target in a round
 }
 
+// What is judged has more turns than what is told: one may be a fifth off, as the machine is not the same from second to second.
+const (
+	judged = 7
+	told   = 3
+)
+
 var (
-	oneConnection = mode{name: "document, 1 connection", often: 3, loading: loading{sequence: "document", imds: 2, reuse: "keep", connections: 1, rate: 1000}}
-	sixteen       = mode{name: "document, 16 connections", often: 3, loading: loading{sequence: "document", imds: 2, reuse: "keep", connections: 16, rate: 6000}}
-	fullV2        = mode{name: "v2 sequence, a connection per request", often: 3, loading: loading{sequence: "full", imds: 2, reuse: "request", connections: 16, rate: 300}}
-	refusals      = mode{name: "document, warm", loading: loading{sequence: "document", imds: 1, reuse: "keep", connections: 16, rate: 1200}}
+	oneConnection = mode{name: "document, 1 connection", turns: judged, loading: loading{sequence: "document", imds: 2, reuse: "keep", connections: 1, rate: 1000}}
+	sixteen       = mode{name: "document, 16 connections", turns: judged, loading: loading{sequence: "document", imds: 2, reuse: "keep", connections: 16, rate: 6000}}
+	fullV2        = mode{name: "v2 sequence, a connection per request", turns: judged, loading: loading{sequence: "full", imds: 2, reuse: "request", connections: 16, rate: 300}}
+	refusals      = mode{name: "document, warm", turns: told, loading: loading{sequence: "document", imds: 1, reuse: "keep", connections: 16, rate: 1200}}
 )
 
 // saturated is a load beyond what can be answered: every connection is asked again as soon as it has answered.
-var saturated = mode{name: "document, 16 connections, as fast as they go", often: 3, loading: loading{sequence: "document", imds: 2, reuse: "keep", connections: 16, rate: 100_000}}
+var saturated = mode{name: "document, 16 connections, as fast as they go", turns: judged, loading: loading{sequence: "document", imds: 2, reuse: "keep", connections: 16, rate: 100_000}}
 
 // modes are all, the ones with bars first.
 func modes() []mode {
 	return []mode{
 		oneConnection, sixteen, fullV2,
-		{name: "document, 256 connections", loading: loading{sequence: "document", imds: 2, reuse: "keep", connections: 256, rate: 6000}},
-		{name: "v2 sequence, a connection each", loading: loading{sequence: "full", imds: 2, reuse: "sequence", connections: 16, rate: 500}},
-		{name: "v1 sequence, a connection per request", loading: loading{sequence: "full", imds: 1, reuse: "request", connections: 16, rate: 450}},
+		{name: "document, 256 connections", turns: told, loading: loading{sequence: "document", imds: 2, reuse: "keep", connections: 256, rate: 6000}},
+		{name: "v2 sequence, a connection each", turns: told, loading: loading{sequence: "full", imds: 2, reuse: "sequence", connections: 16, rate: 500}},
+		{name: "v1 sequence, a connection per request", turns: told, loading: loading{sequence: "full", imds: 1, reuse: "request", connections: 16, rate: 450}},
 	}
 }
 
-// series are the measurements of one target in one mode, by round.
+// series are the measurements of one target in one mode, round by round and turn by turn.
 type series []measurement
 
-// compare measures every mode of every target in each round, in turn, so that whatever else the machine does hits all alike.
+// compare measures every mode of every target in each round, in short turns, so that whatever else the machine does hits all alike.
 func (r *rig) compare(ctx context.Context) (report.Section, error) {
 	before := busy()
 	all := map[string]series{} // by mode and target
@@ -55,14 +61,24 @@ func (r *rig) compare(ctx context.Context) (report.Section, error) {
 		{target{"imdsgate, no role", r.ours.server, r.none, 80}, "cart", 404},
 	}
 	targets := []target{r.bare[0], r.ours, r.bare[1], r.policies}
-	inTurn := func(r rig, m mode, first int) error {
-		for i := range targets {
-			t := targets[(i+first)%len(targets)]
-			got, err := r.ask(ctx, t, m.loading)
-			if err != nil {
-				return fmt.Errorf("%s: %w", m.name, err)
+	measure := func(r rig, m mode, t target) error {
+		got, err := r.ask(ctx, t, m.loading)
+		if err != nil {
+			return fmt.Errorf("%s: %w", m.name, err)
+		}
+		all[key(m, t)] = append(all[key(m, t)], got)
+		return nil
+	}
+	inTurn := func(r rig, m mode, round int) error {
+		for turn := range m.turns {
+			for i := range targets {
+				if turn%2 == 1 {
+					i = len(targets) - 1 - i // none always comes after the same one
+				}
+				if err := measure(r, m, targets[(i+round)%len(targets)]); err != nil {
+					return err
+				}
 			}
-			all[key(m, t)] = append(all[key(m, t)], got)
 		}
 		return nil
 	}
@@ -75,26 +91,22 @@ func (r *rig) compare(ctx context.Context) (report.Section, error) {
 			}
 		}
 		for _, m := range modes() {
-			for again := range max(1, m.often) {
-				if err := inTurn(*r, m, round+again); err != nil {
+			if err := inTurn(*r, m, round); err != nil {
+				return report.Section{}, err
+			}
+		}
+		if err := inTurn(short, saturated, round); err != nil {
+			return report.Section{}, err
+		}
+		for turn := range refusals.turns {
+			for i := range refused {
+				t := refused[(i+turn)%len(refused)]
+				m := refusals
+				m.role, m.want = t.role, t.want
+				if err := measure(*r, m, t.target); err != nil {
 					return report.Section{}, err
 				}
 			}
-		}
-		for again := range saturated.often {
-			if err := inTurn(short, saturated, round+again); err != nil {
-				return report.Section{}, err
-			}
-		}
-		for i := range refused {
-			t := refused[(i+round)%len(refused)]
-			l := refusals.loading
-			l.role, l.want = t.role, t.want
-			got, err := r.ask(ctx, t.target, l)
-			if err != nil {
-				return report.Section{}, err
-			}
-			all[key(refusals, t.target)] = append(all[key(refusals, t.target)], got)
 		}
 		fmt.Printf("round %d of %d\n", round+1, r.rounds)
 	}
@@ -118,17 +130,17 @@ func (r *rig) compare(ctx context.Context) (report.Section, error) {
 		{"v2 SDK sequence on new connections: p99", fullV2, p99, 1.15},
 	} {
 		reference := of(b.mode, r.bare[0])
-		noise := ratios(of(b.mode, r.bare[1]), reference, b.figure)
+		noise := ratios(of(b.mode, r.bare[1]), reference, b.turns, b.figure)
 		s.Bars = append(s.Bars, report.Bar{
-			What: b.what, Value: median(ratios(of(b.mode, r.ours), reference, b.figure)), Max: b.max, Unit: "×",
-			Noise: &report.Range{Min: noise[len(noise)/4], Max: noise[len(noise)-1-len(noise)/4]}, Note: "against the bare responder",
+			What: b.what, Value: median(ratios(of(b.mode, r.ours), reference, b.turns, b.figure)), Max: b.max, Unit: "×",
+			Noise: &report.Range{Min: noise[0], Max: noise[len(noise)-1]}, Note: "against the bare responder",
 		})
 	}
 	warm := of(refusals, refused[0].target)
 	for _, t := range refused[1:] {
 		s.Bars = append(s.Bars, report.Bar{
 			What: "CPU per request, " + strings.TrimPrefix(t.name, "imdsgate, ") + " known pod", Max: 1.2, Unit: "×",
-			Value: median(ratios(of(refusals, t.target), warm, cpu)), Note: "against a warm request at the same rate",
+			Value: median(ratios(of(refusals, t.target), warm, refusals.turns, cpu)), Note: "against a warm request at the same rate",
 		})
 	}
 	for _, m := range modes() {
@@ -137,16 +149,16 @@ func (r *rig) compare(ctx context.Context) (report.Section, error) {
 			Head:  []string{"", "CPU per request", "p50", "p99", "CPU ratio", "p50 ratio", "p99 ratio"},
 		}
 		for _, t := range targets {
-			table.Rows = append(table.Rows, row(t.name, of(m, t), of(m, r.bare[0])))
+			table.Rows = append(table.Rows, row(t.name, of(m, t), of(m, r.bare[0]), m.turns))
 		}
 		s.Tables = append(s.Tables, table)
-		s.Plots = append(s.Plots, curves(m, r.settings.rounds, targets, of))
+		s.Plots = append(s.Plots, curves(m, targets, of))
 	}
 	fast := report.Table{Title: saturated.name, Head: []string{"", "CPU per request", "answers a second", "CPU ratio", "answers ratio"}}
 	for _, t := range targets {
 		s, reference := of(saturated, t), of(saturated, r.bare[0])
 		fast.Rows = append(fast.Rows, []string{t.name, micros(s.median(cpu)), fmt.Sprintf("%.0f", median(s.sorted(rate))),
-			spread(ratios(s, reference, cpu)), spread(ratios(s, reference, rate))})
+			spread(ratios(s, reference, saturated.turns, cpu)), spread(ratios(s, reference, saturated.turns, rate))})
 	}
 	s.Tables = append(s.Tables, fast)
 	table := report.Table{
@@ -154,7 +166,7 @@ func (r *rig) compare(ctx context.Context) (report.Section, error) {
 		Head:  []string{"", "CPU per request", "p50", "p99", "CPU ratio", "p50 ratio", "p99 ratio"},
 	}
 	for _, t := range refused {
-		table.Rows = append(table.Rows, row(t.name, of(refusals, t.target), warm))
+		table.Rows = append(table.Rows, row(t.name, of(refusals, t.target), warm, refusals.turns))
 	}
 	s.Tables = append(s.Tables, table)
 	return s, nil
@@ -164,10 +176,10 @@ func comparison(s settings, load string) string {
 	return fmt.Sprintf(`The daemon with a role's credentials in memory, and two processes of a bare net/http responder (no timeouts, no checks) that
 answers the same paths with the same headers and bytes. All are reached from a pod by the metadata address and the same kind of
 redirect; "policies" is a daemon on a second node with `+"`-pod-annotations -namespace-policy auto -session-tags`"+` and a namespace with both
-kinds of policy. %d rounds of %v each, for each of which all processes are started anew; the targets take turns, three times a round where the bare responder is the bar. The load is open: operations
-begin by the clock, and latency counts from when each was to begin. CPU time is that of the process by its threads' schedstat. Figures are medians of the rounds; ratios are
-medians of each round's ratio to "bare 1", with their range; "bare 2" is the error bar, without the highest and the lowest quarter.
-The machine's load average before was %s.`, s.rounds, s.length, load)
+kinds of policy. %d rounds, for each of which all processes are started anew; in a round the targets take %d turns of %v each, %d where there
+is no bar. The load is open: operations begin by the clock, and latency counts from when each was to begin. CPU time is that of the process
+by its threads' schedstat. Figures are medians of all turns; a round's ratio is the median of its turns' ratios to "bare 1", and what is told
+is the median of the rounds, with their range; "bare 2" is the error bar. The machine's load average before was %s.`, s.rounds, judged, s.length, told, load)
 }
 
 // figure takes one out of a measurement.
@@ -178,14 +190,19 @@ func p50(m measurement) float64  { return float64(m.P50) }
 func p99(m measurement) float64  { return float64(m.P99) }
 func rate(m measurement) float64 { return m.Rate }
 
-// ratios are those of each round, sorted.
-func ratios(a, b series, f figure) []float64 {
-	all := make([]float64, len(a))
-	for i := range a {
-		all[i] = f(a[i]) / f(b[i])
+// ratios are those of the rounds, sorted: of each the median of its turns.
+func ratios(a, b series, turns int, f figure) []float64 {
+	var rounds []float64
+	for first := 0; first < len(a); first += turns {
+		var round []float64
+		for i := first; i < first+turns; i++ {
+			round = append(round, f(a[i])/f(b[i]))
+		}
+		slices.Sort(round)
+		rounds = append(rounds, median(round))
 	}
-	slices.Sort(all)
-	return all
+	slices.Sort(rounds)
+	return rounds
 }
 
 // median of a sorted list.
@@ -213,19 +230,19 @@ func spread(sorted []float64) string {
 	return fmt.Sprintf("%.3f (%.2f – %.2f)", median(sorted), sorted[0], sorted[len(sorted)-1])
 }
 
-func row(name string, s, reference series) []string {
+func row(name string, s, reference series, turns int) []string {
 	cells := []string{name}
 	for _, f := range []figure{cpu, p50, p99} {
 		cells = append(cells, micros(s.median(f)))
 	}
 	for _, f := range []figure{cpu, p50, p99} {
-		cells = append(cells, spread(ratios(s, reference, f)))
+		cells = append(cells, spread(ratios(s, reference, turns, f)))
 	}
 	return cells
 }
 
-// curves are the latencies by percentile, the median of the rounds at each.
-func curves(m mode, rounds int, targets []target, of func(mode, target) series) report.Plot {
+// curves are the latencies by percentile, the median of the turns at each.
+func curves(m mode, targets []target, of func(mode, target) series) report.Plot {
 	name := strings.NewReplacer(",", "", " ", "-").Replace(m.name)
 	p := report.Plot{
 		Name: "latency-" + name, Title: fmt.Sprintf("%s, %.0f operations a second", m.name, m.rate),

@@ -9,12 +9,15 @@ import (
 )
 
 func TestRatios(t *testing.T) {
-	a := series{{CPU: 3}, {CPU: 10}, {CPU: 4}}
-	b := series{{CPU: 2}, {CPU: 10}, {CPU: 1}}
-	if diff := cmp.Diff([]float64{1, 1.5, 4}, ratios(a, b, cpu)); diff != "" {
-		t.Errorf("ratios of the rounds (-want +got):\n%s", diff)
+	a := series{{CPU: 3}, {CPU: 10}, {CPU: 4}, {CPU: 2}, {CPU: 2}, {CPU: 9}}
+	b := series{{CPU: 2}, {CPU: 10}, {CPU: 1}, {CPU: 4}, {CPU: 2}, {CPU: 1}}
+	if diff := cmp.Diff([]float64{0.5, 1, 1, 1.5, 4, 9}, ratios(a, b, 1, cpu)); diff != "" {
+		t.Errorf("ratios of rounds of one turn (-want +got):\n%s", diff)
 	}
-	if got := a.median(cpu); got != 4 {
+	if diff := cmp.Diff([]float64{1, 1.5}, ratios(a, b, 3, cpu)); diff != "" {
+		t.Errorf("ratios of rounds of three turns (-want +got):\n%s", diff)
+	}
+	if got := a[:3].median(cpu); got != 4 {
 		t.Errorf("median %d, want 4", got)
 	}
 	if got := median([]float64{1, 2, 4, 8}); got != 3 {

@@ -2,7 +2,7 @@
 // and latencies, through the same redirect, in rounds that take turns, with the responder against itself as the error bar. It
 // writes a section of the report.
 //
-//	go run ./bench [-rounds 5] [-length 1.5s] [-only compare|disturb] [-out out]
+//	go run ./bench [-rounds 7] [-length 500ms] [-only compare|disturb] [-out out]
 //
 // It needs root, as the lab does, and says so where a processor that has other things to do will show: run nothing beside it.
 package main
@@ -42,15 +42,15 @@ func main() {
 
 func run(ctx context.Context) (err error) {
 	var s settings
-	flag.IntVar(&s.rounds, "rounds", 5, "rounds; each compares everything once")
-	flag.DurationVar(&s.length, "length", 1500*time.Millisecond, "length of one measurement")
+	flag.IntVar(&s.rounds, "rounds", 7, "rounds; each compares everything, with processes of its own")
+	flag.DurationVar(&s.length, "length", 500*time.Millisecond, "length of one turn")
 	flag.StringVar(&s.out, "out", "out", "directory of the report")
 	flag.StringVar(&s.only, "only", "", "compare or disturb; empty: both")
 	flag.StringVar(&s.load, "load", "", "imdsgate-load binary; empty: built from this checkout")
 	flag.StringVar(&s.daemon, "daemon", "", "imdsgate binary; empty: built from this checkout")
 	flag.Parse()
 	if flag.NArg() > 0 || s.rounds < 1 || s.length < 100*time.Millisecond {
-		return errors.New("usage: bench [-rounds 5] [-length 1.5s] [-only compare|disturb] [-out out]")
+		return errors.New("usage: bench [-rounds 7] [-length 500ms] [-only compare|disturb] [-out out]")
 	}
 	r, err := newRig(ctx, s)
 	if err != nil {

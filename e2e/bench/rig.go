@@ -234,8 +234,9 @@ type answer struct {
 	Body   []byte
 }
 
-// answers asks the daemon for all that an SDK asks for.
+// answers asks the daemon for all that an SDK asks for. It leaves no connection, which would count among the pod's 256.
 func (r *rig) answers(ctx context.Context, p *lab.Pod) (map[string]answer, error) {
+	defer p.HTTP().CloseIdleConnections()
 	all := map[string]answer{}
 	ask := func(method, path string, header http.Header) (answer, error) {
 		req, err := http.NewRequestWithContext(ctx, method, "http://"+metadata+path, nil)
@@ -322,7 +323,7 @@ type point struct{ Percentile, Seconds float64 }
 
 // ask runs imdsgate-load in the target's pod.
 func (r *rig) ask(ctx context.Context, t target, l loading) (measurement, error) {
-	const warmup = 300 * time.Millisecond
+	const warmup = 100 * time.Millisecond
 	args := append([]string{
 		"-json", "-force", "-endpoint", fmt.Sprintf("%s:%d", metadata, t.port), "-warmup", warmup.String(), "-duration", r.length.String(),
 	}, l.flags()...)
