@@ -13,7 +13,7 @@ import (
 // the socket of a deadline once it has passed. They are exact all the same, because the timer is never later than the earliest.
 //
 // Two are not net/http's, which would ask the clock for each at each answer, but what the timer sees to last too long: a wait for
-// the next request and a write. It sees them begin up to look later than they do.
+// something to read, mostly the next request, and a write. It sees them begin up to look later than they do.
 type deadlines struct {
 	mu          sync.Mutex
 	read, write deadline
@@ -24,7 +24,7 @@ type deadlines struct {
 
 	state   atomic.Int32 // http.ConnState
 	writes  atomic.Int64 // begun and ended ones: odd while one is under way
-	waited  lasting      // since an answer
+	waited  lasting      // since an answer, or a change of state
 	written lasting
 }
 
@@ -74,7 +74,7 @@ func (c *conn) setDeadline(d *deadline, t time.Time, socket func(time.Time) erro
 	l.mu.Lock()
 	d.at = t
 	switch {
-	case d == &l.read && l.lookout.ends(l, t):
+	case d == &l.read && l.lookout.takes(t, l.state.Load()):
 	case t.IsZero() && !d.told: // four of the six
 	case t.Equal(interrupt()):
 		d.told, err = true, socket(t)
@@ -113,8 +113,9 @@ func (c *conn) lookAfter() {
 	next := now.Add(look)
 	read, write := l.read.at, l.write.at
 	l.lookout.begin() // a request that takes so long
-	if read.IsZero() && l.state.Load() == int32(http.StateIdle) {
-		read = l.waited.ends(c.served.Load(), now, idleTimeout)
+	// Also while net/http waits for the rest of a body that it has refused by itself.
+	if state := l.state.Load(); read.IsZero() && state != int32(http.StateNew) {
+		read = l.waited.ends(c.served.Load()+int64(state), now, idleTimeout)
 	}
 	if n := l.writes.Load(); write.IsZero() && n%2 == 1 {
 		write = l.written.ends(n, now, writeTimeout)

@@ -147,14 +147,15 @@ func TestDeadlinesAreCheap(t *testing.T) {
 func nobody() CallerFinder { return newCallers() }
 
 // servePipe serves one connection under fake time, and holds requests for 20 s.
-func servePipe(t *testing.T, callers func() CallerFinder, client func(peer net.Conn, br *bufio.Reader)) {
+func servePipe(t *testing.T, callers func() CallerFinder, client func(peer net.Conn, br *bufio.Reader)) (socket *counted) {
 	synctest.Test(t, func(t *testing.T) {
 		s, err := NewServer(Options{Callers: callers(), Credentials: noCredentials{}, TokenKey: make([]byte, 32), IMDSv1: true, Hold: 20 * time.Second})
 		if err != nil {
 			t.Fatal(err)
 		}
 		near, far := net.Pipe()
-		c := &conn{Conn: near, shares: newShares(1, 1)}
+		socket = &counted{Conn: near}
+		c := &conn{Conn: socket, shares: newShares(1, 1)}
 		c.shares.acquire(c, podIPs["role"], time.Now())
 		hs, done := s.httpServer(), make(chan struct{})
 		go func() { _ = hs.Serve(&oneConn{conn: c, done: done}) }()
@@ -163,6 +164,7 @@ func servePipe(t *testing.T, callers func() CallerFinder, client func(peer net.C
 		_ = hs.Close()
 		_ = far.Close()
 	})
+	return socket
 }
 
 // What net/http sets no deadline for ends all the same, at most a look later.
@@ -209,6 +211,17 @@ func TestIdleAndStuck(t *testing.T) {
 		serve(t, func(peer net.Conn, br *bufio.Reader) {
 			answered(t, peer, br)
 			go func() { _, _ = io.WriteString(peer, "GE") }()
+			closed(t, br, idleTimeout, idleTimeout+look)
+		})
+	})
+	t.Run("the rest of a body that net/http refused", func(t *testing.T) {
+		serve(t, func(peer net.Conn, br *bufio.Reader) {
+			go func() {
+				_, _ = io.WriteString(peer, strings.Replace(ask, "\r\n\r\n", "\r\nExpect: x\r\nContent-Length: 5\r\n\r\n", 1))
+			}()
+			if r, err := readReply(br, "GET"); err != nil || r.StatusCode != 417 {
+				t.Fatalf("%v, %v", r, err)
+			}
 			closed(t, br, idleTimeout, idleTimeout+look)
 		})
 	})

@@ -108,6 +108,24 @@ func TestLookout(t *testing.T) {
 			}
 		})
 	})
+	t.Run("a body's deadline before it has begun", func(t *testing.T) {
+		answering(t, func(t *testing.T, c *conn, _ *counted, _ net.Conn) {
+			_ = c.SetReadDeadline(after(bodyTimeout)) // of an answer to who may send a body, but does not
+			got := lookingOut(c)
+			_ = c.SetReadDeadline(interrupt())
+			interrupted(t, <-got, 0)
+		})
+	})
+	t.Run("a body's deadline after it has begun", func(t *testing.T) {
+		answering(t, func(t *testing.T, c *conn, _ *counted, _ net.Conn) {
+			got := lookingOut(c)
+			c.deadlines.beginLookout()
+			synctest.Wait()
+			_ = c.SetReadDeadline(after(bodyTimeout))
+			_ = c.SetReadDeadline(interrupt())
+			interrupted(t, <-got, 0)
+		})
+	})
 	t.Run("takes long, although nothing was to wait for", func(t *testing.T) {
 		answering(t, func(t *testing.T, c *conn, _ *counted, peer net.Conn) {
 			_ = peer.Close()
@@ -141,6 +159,23 @@ func TestLookout(t *testing.T) {
 			read(t, <-lookingOut(c), 0)
 		})
 	})
+}
+
+// The real net/http never tells the socket of a deadline, and reads it for what is sent alone, as long as answers come from memory.
+func TestNoLookoutFromMemory(t *testing.T) {
+	const answers = 20
+	socket := servePipe(t, nobody, func(peer net.Conn, br *bufio.Reader) {
+		for range answers {
+			go func() { _, _ = io.WriteString(peer, "GET / HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n") }()
+			if r, err := readReply(br, http.MethodGet); err != nil || r.StatusCode != http.StatusOK {
+				t.Fatalf("%v, %v", r, err)
+			}
+			synctest.Wait()
+		}
+	})
+	if socket.reads != 0 {
+		t.Errorf("%d answers set the socket's deadline %d times", answers, socket.reads)
+	}
 }
 
 // waits tells how long a request waited for its caller, who never comes.
