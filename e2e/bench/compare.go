@@ -17,7 +17,7 @@ type mode struct {
 	turns int // of every target in a round
 }
 
-// What is judged has more turns than what is told: one may be a fifth off, as the machine is not the same from second to second.
+// What has a bar has more turns than what has none: one may be a fifth off, as the machine is not the same from second to second.
 const (
 	judged = 7
 	told   = 3
@@ -27,7 +27,7 @@ var (
 	oneConnection = mode{name: "document, 1 connection", turns: judged, loading: loading{sequence: "document", imds: 2, reuse: "keep", connections: 1, rate: 1000}}
 	sixteen       = mode{name: "document, 16 connections", turns: judged, loading: loading{sequence: "document", imds: 2, reuse: "keep", connections: 16, rate: 6000}}
 	fullV2        = mode{name: "v2 sequence, a connection per request", turns: judged, loading: loading{sequence: "full", imds: 2, reuse: "request", connections: 16, rate: 300}}
-	refusals      = mode{name: "document, warm", turns: told, loading: loading{sequence: "document", imds: 1, reuse: "keep", connections: 16, rate: 1200}}
+	refusals      = mode{name: "document, warm", turns: judged, loading: loading{sequence: "document", imds: 1, reuse: "keep", connections: 16, rate: 1200}}
 )
 
 // saturated is a load beyond what can be answered: every connection is asked again as soon as it has answered.
@@ -69,13 +69,14 @@ func (r *rig) compare(ctx context.Context) (report.Section, error) {
 		all[key(m, t)] = append(all[key(m, t)], got)
 		return nil
 	}
+	order := []target{r.ours, r.bare[0], r.bare[1], r.policies} // what is compared is as far apart as the error bar's
 	inTurn := func(r rig, m mode, round int) error {
 		for turn := range m.turns {
-			for i := range targets {
+			for i := range order {
 				if turn%2 == 1 {
-					i = len(targets) - 1 - i // none always comes after the same one
+					i = len(order) - 1 - i // none always comes after the same one
 				}
-				if err := measure(r, m, targets[(i+round)%len(targets)]); err != nil {
+				if err := measure(r, m, order[(i+round)%len(order)]); err != nil {
 					return err
 				}
 			}
@@ -83,7 +84,7 @@ func (r *rig) compare(ctx context.Context) (report.Section, error) {
 		return nil
 	}
 	short := *r
-	short.length /= 4
+	short.length /= 2
 	for round := range r.rounds {
 		if round > 0 {
 			if err := r.restart(ctx); err != nil {
@@ -133,7 +134,7 @@ func (r *rig) compare(ctx context.Context) (report.Section, error) {
 		noise := ratios(of(b.mode, r.bare[1]), reference, b.turns, b.figure)
 		s.Bars = append(s.Bars, report.Bar{
 			What: b.what, Value: median(ratios(of(b.mode, r.ours), reference, b.turns, b.figure)), Max: b.max, Unit: "×",
-			Noise: &report.Range{Min: noise[0], Max: noise[len(noise)-1]}, Note: "against the bare responder",
+			Noise: &report.Range{Min: noise[len(noise)/4], Max: noise[len(noise)-1-len(noise)/4]}, Note: "against the bare responder",
 		})
 	}
 	warm := of(refusals, refused[0].target)
@@ -176,33 +177,54 @@ func comparison(s settings, load string) string {
 	return fmt.Sprintf(`The daemon with a role's credentials in memory, and two processes of a bare net/http responder (no timeouts, no checks) that
 answers the same paths with the same headers and bytes. All are reached from a pod by the metadata address and the same kind of
 redirect; "policies" is a daemon on a second node with `+"`-pod-annotations -namespace-policy auto -session-tags`"+` and a namespace with both
-kinds of policy. %d rounds, for each of which all processes are started anew; in a round the targets take %d turns of %v each, %d where there
-is no bar. The load is open: operations begin by the clock, and latency counts from when each was to begin. CPU time is that of the process
-by its threads' schedstat. Figures are medians of all turns; a round's ratio is the median of its turns' ratios to "bare 1", and what is told
-is the median of the rounds, with their range; "bare 2" is the error bar. The machine's load average before was %s.`, s.rounds, judged, s.length, told, load)
+kinds of policy. %d rounds, for each of which all processes are started anew; in a round the targets take %d turns of %v each, or
+%d where there is no bar; those "as fast as they go" are half as long. The load is open: operations begin by the clock, and latency counts
+from when each was to begin. CPU time is that of the process by its threads' schedstat; a round's is the sum of its turns, since only some
+of them see a collection of garbage. A round's latencies are the medians of its turns'. Figures are medians of all turns; ratios are those
+of the rounds to "bare 1", their median and range; "bare 2" is the error bar, without the highest and the lowest quarter. The machine's load average before was %s.`, s.rounds, judged, s.length, told, load)
 }
 
 // figure takes one out of a measurement.
-type figure func(measurement) float64
+type figure struct {
+	of  func(measurement) float64
+	sum bool // a round's is the sum of its turns, not their median
+}
 
-func cpu(m measurement) float64  { return float64(m.CPU) }
-func p50(m measurement) float64  { return float64(m.P50) }
-func p99(m measurement) float64  { return float64(m.P99) }
-func rate(m measurement) float64 { return m.Rate }
+var (
+	cpu  = figure{func(m measurement) float64 { return float64(m.CPU) }, true}
+	p50  = figure{func(m measurement) float64 { return float64(m.P50) }, false}
+	p99  = figure{func(m measurement) float64 { return float64(m.P99) }, false}
+	rate = figure{func(m measurement) float64 { return m.Rate }, false}
+)
 
-// ratios are those of the rounds, sorted: of each the median of its turns.
-func ratios(a, b series, turns int, f figure) []float64 {
-	var rounds []float64
-	for first := 0; first < len(a); first += turns {
-		var round []float64
-		for i := first; i < first+turns; i++ {
-			round = append(round, f(a[i])/f(b[i]))
-		}
-		slices.Sort(round)
-		rounds = append(rounds, median(round))
+// round is the ratio of the turns of a round.
+func (f figure) round(a, b series) float64 {
+	if f.sum {
+		return sum(a.sorted(f)) / sum(b.sorted(f))
 	}
-	slices.Sort(rounds)
-	return rounds
+	turns := make([]float64, len(a))
+	for i := range a {
+		turns[i] = f.of(a[i]) / f.of(b[i])
+	}
+	slices.Sort(turns)
+	return median(turns)
+}
+
+func sum(all []float64) (sum float64) {
+	for _, n := range all {
+		sum += n
+	}
+	return sum
+}
+
+// ratios are those of the rounds, sorted.
+func ratios(a, b series, turns int, f figure) []float64 {
+	var all []float64
+	for first := 0; first < len(a); first += turns {
+		all = append(all, f.round(a[first:first+turns], b[first:first+turns]))
+	}
+	slices.Sort(all)
+	return all
 }
 
 // median of a sorted list.
@@ -214,7 +236,7 @@ func median(sorted []float64) float64 {
 func (s series) sorted(f figure) []float64 {
 	all := make([]float64, len(s))
 	for i, m := range s {
-		all[i] = f(m)
+		all[i] = f.of(m)
 	}
 	slices.Sort(all)
 	return all

@@ -11,11 +11,18 @@ import (
 func TestRatios(t *testing.T) {
 	a := series{{CPU: 3}, {CPU: 10}, {CPU: 4}, {CPU: 2}, {CPU: 2}, {CPU: 9}}
 	b := series{{CPU: 2}, {CPU: 10}, {CPU: 1}, {CPU: 4}, {CPU: 2}, {CPU: 1}}
-	if diff := cmp.Diff([]float64{0.5, 1, 1, 1.5, 4, 9}, ratios(a, b, 1, cpu)); diff != "" {
-		t.Errorf("ratios of rounds of one turn (-want +got):\n%s", diff)
-	}
-	if diff := cmp.Diff([]float64{1, 1.5}, ratios(a, b, 3, cpu)); diff != "" {
-		t.Errorf("ratios of rounds of three turns (-want +got):\n%s", diff)
+	for _, tc := range []struct {
+		turns int
+		figure
+		want []float64
+	}{
+		{1, cpu, []float64{0.5, 1, 1, 1.5, 4, 9}},
+		{3, cpu, []float64{17. / 13, 13. / 7}},
+		{3, figure{cpu.of, false}, []float64{1, 1.5}},
+	} {
+		if diff := cmp.Diff(tc.want, ratios(a, b, tc.turns, tc.figure)); diff != "" {
+			t.Errorf("ratios of rounds of %d turns, sums %v (-want +got):\n%s", tc.turns, tc.sum, diff)
+		}
 	}
 	if got := a[:3].median(cpu); got != 4 {
 		t.Errorf("median %d, want 4", got)
