@@ -77,7 +77,7 @@ test-minio: deps ## once with a server nobody here wrote: MinIO as STS and S3 (b
 	e2e/minio/build.sh
 	cd e2e && $(GOTESTSUM) --jsonfile $(OUT)/minio.json -- -tags minio -count=1 -timeout 15m ./minio/...
 
-bench: deps ## the whole comparison, 24 minutes: hit path, bare responder, growth with the cluster, STS; writes docs/bench.md and its plots (root)
+bench: deps ## the whole comparison, half an hour: hit path, bare responder, growth with the cluster, STS; writes docs/bench.md and its plots (root)
 	@mkdir -p $(OUT); rm -f $(OUT)/bench.json
 	go test -run '^$$' -bench . -benchmem ./proxy/ ./proxy/pods/ ./cache/
 	go test -run '^$$' -bench CPURatio -benchtime 1x ./cmd/imdsgate

@@ -2,6 +2,7 @@ package growth
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"os"
@@ -66,9 +67,6 @@ func BenchmarkDaemons(b *testing.B) {
 	kubelets := measure(b, manyKubelets, func(ctx context.Context, i int) (*relay, func(), error) {
 		return startKubelet(ctx, hollow[i], kubemark)
 	})
-	for _, n := range hollow {
-		runs(b, n)
-	}
 	idle = append(idle, quiet(b))
 	if err := report.Add(reportDir, daemonsSection(daemons, kubelets, idle)); err != nil {
 		b.Fatal(err)
@@ -171,24 +169,21 @@ func kubeletNode(b *testing.B) *lab.Node {
 	return n
 }
 
-// runs fails unless the node's kubelet has started every pod: one that refuses them costs the API server less.
-func runs(b *testing.B, n *lab.Node) {
-	b.Helper()
-	pods, err := shared.Kube.CoreV1().Pods("").List(b.Context(), metav1.ListOptions{FieldSelector: "spec.nodeName=" + n.Name})
+// running is an error unless the node's kubelet has started every pod: one that refuses them costs the API server less.
+func running(ctx context.Context, n *lab.Node) error {
+	pods, err := shared.Kube.CoreV1().Pods("").List(ctx, metav1.ListOptions{FieldSelector: "spec.nodeName=" + n.Name})
 	if err != nil {
-		b.Fatal(err)
+		return err
 	}
 	if len(pods.Items) < podsEach {
-		b.Errorf("%s has %d pods, want %d at least", n.Name, len(pods.Items), podsEach)
+		return fmt.Errorf("%s has %d pods, want %d at least", n.Name, len(pods.Items), podsEach)
 	}
 	for _, p := range pods.Items {
 		if s := p.Status; s.Phase != corev1.PodRunning || len(s.ContainerStatuses) != 1 || s.ContainerStatuses[0].ContainerID == containerID {
-			b.Errorf("the kubelet of %s does not run %s: %s %s %s", n.Name, p.Name, s.Phase, s.Reason, s.Message)
+			return fmt.Errorf("the kubelet of %s does not run %s: %s %s %s", n.Name, p.Name, s.Phase, s.Reason, s.Message)
 		}
 	}
-	if b.Failed() {
-		b.FailNow()
-	}
+	return nil
 }
 
 // hollowRoot is the root directory that kubemark makes, says in its log, and leaves behind.
@@ -215,20 +210,29 @@ func startKubelet(ctx context.Context, n *lab.Node, kubemark string) (*relay, fu
 		<-ended
 		r.close()
 	}
-	// It has started when it watches nothing new for some time: it says so nowhere.
-	for last, quiet := r.received.Load(), time.Now(); time.Since(quiet) < 10*time.Second; {
+	// It has started when it runs its pods and watches nothing new for some time: it says so nowhere.
+	var lacks error
+	for last, quiet := r.received.Load(), time.Now(); ; {
 		select {
 		case err := <-ended:
 			ended <- err
 			return r, stop, err
+		case <-ctx.Done():
+			return r, stop, errors.Join(ctx.Err(), lacks)
 		case <-time.After(time.Second):
 		}
 		if now := r.received.Load(); now-last > 5<<10 || now == 0 {
 			quiet = time.Now()
 			last = now
 		}
+		if time.Since(quiet) < 10*time.Second {
+			continue
+		}
+		if lacks = running(ctx, n); lacks == nil {
+			return r, stop, nil
+		}
+		quiet = time.Now()
 	}
-	return r, stop, nil
 }
 
 func buildKubemark(b *testing.B) string {
