@@ -8,11 +8,10 @@ import (
 
 // lookout is net/http's for a client that leaves before it is answered: a goroutine of each request reads one byte, and a deadline in
 // the past ends that when there is an answer. It matters to a request that has to wait for something, and begins with what could wait.
-// Until then the goroutine waits here: an answer from memory takes less time than a read that finds nothing, the poller that is told of
-// the deadline and taken back, and the other thread that all of this wakes (with it 1.11 times a bare responder's CPU time, without 1.04).
+// Until then the goroutine waits here: for an answer from memory a read that finds nothing, and a poller that is told of a deadline and
+// back, are cost alone (16 connections, CPU time against a bare responder's: 1.11 times with it, 1.04 times without).
 type lookout struct {
 	begun bool // the socket is read, or may be
-	ended bool // without having begun
 	cond  sync.Cond
 }
 
@@ -28,8 +27,11 @@ func (l *deadlines) awaitLookout() bool {
 	for l.read.at.IsZero() && !o.begun && !l.closed { // with a deadline it is a byte of a body
 		o.cond.Wait()
 	}
-	o.begun = !o.ended
-	return o.begun
+	if l.read.at.Equal(interrupt()) {
+		return false
+	}
+	o.begun = true
+	return true
 }
 
 // beginLookout is for a request that may have to wait. It may come more than once.
@@ -50,12 +52,12 @@ func (o *lookout) begin() {
 // takes says whether a deadline for reads is for a look-out that has not begun, and ends it: then the socket need not know. The lock
 // is held.
 func (o *lookout) takes(t time.Time, state int32) bool {
-	o.ended = !o.begun && t.Equal(interrupt()) && state == int32(http.StateActive)
 	if t.IsZero() { // before each look-out, and after it
 		o.begun = false
 	}
-	if o.ended {
-		o.cond.Broadcast()
+	if o.begun || !t.Equal(interrupt()) || state != int32(http.StateActive) {
+		return false
 	}
-	return o.ended
+	o.cond.Broadcast()
+	return true
 }
