@@ -75,7 +75,7 @@ func (c *conn) setDeadline(d *deadline, t time.Time, socket func(time.Time) erro
 	d.at = t
 	switch {
 	case d == &l.read && l.lookout.takes(t, l.state.Load()):
-	case t.IsZero() && !d.told: // four of the six
+	case t.IsZero() && !d.told: // most of them
 	case t.Equal(interrupt()):
 		d.told, err = true, socket(t)
 	default:

@@ -58,7 +58,7 @@
 //     connection 100 µs, a refusal or a connection without an answer 500 µs. Who has used it up waits for the next request of
 //     each connection to be read, 300 ms at most: a load test of 13,000 requests a second does not notice, a loop of refusals
 //     costs the daemon little, and a client that was told to close would only cost more. Who owes the whole 300 ms gets no new
-//     connection. (TestBudgets, TestDebtOutlastsConnections) While nobody else asks, nobody waits. (TestAloneWaitsForNobody)
+//     connection. (TestBudgets, TestDebtOutlastsConnections) While nobody else asks, nobody waits. (TestAloneWaitsForNobody, TestAloneAgain)
 //   - A head of 16 KiB, 5 s for it, and 48 KiB of the kernel's buffers for each connection, which the kernel doubles for its
 //     own use. (TestSlowloris, TestHostileMemory)
 //   - A source with 50 refused session tokens a second is told to close. (TestTokenRefusalLoop)

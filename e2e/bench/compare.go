@@ -200,7 +200,7 @@ var (
 // round is the ratio of the turns of a round.
 func (f figure) round(a, b series) float64 {
 	if f.sum {
-		return sum(a.sorted(f)) / sum(b.sorted(f))
+		return f.total(a) / f.total(b)
 	}
 	turns := make([]float64, len(a))
 	for i := range a {
@@ -210,11 +210,11 @@ func (f figure) round(a, b series) float64 {
 	return median(turns)
 }
 
-func sum(all []float64) (sum float64) {
-	for _, n := range all {
-		sum += n
+func (f figure) total(s series) (total float64) {
+	for _, m := range s {
+		total += f.of(m)
 	}
-	return sum
+	return total
 }
 
 // ratios are those of the rounds, sorted.
