@@ -7,12 +7,12 @@ import (
 	"fmt"
 	"iter"
 	"log/slog"
-	"maps"
 	"math/rand/v2"
 	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -35,7 +35,8 @@ const (
 type Options struct {
 	Issuer Issuer
 	// Live yields every key that the pods of this node are authorized for; keys may repeat. True: issue ahead of the first
-	// request. False: issue when a request asks, then keep fresh as long as it is live. Called by Run alone, without locks.
+	// request. False: issue when a request asks, then keep fresh as long as it is live. Called by Run alone, without locks, after
+	// Wake and at least once a minute; the body of the loop over it does not call back.
 	Live func() iter.Seq2[Key, bool]
 	// Encode is called once per issued credentials; its result is their Document. Nil: no document.
 	Encode func(Credentials) []byte
@@ -56,7 +57,8 @@ type Cache struct {
 	pace    pace
 	shares  shares
 	metrics metrics
-	wake    chan struct{} // of capacity 1: tells Run to look again at everything
+	wake    chan struct{} // of capacity 1: tells Run to look again at the entries
+	stale   atomic.Bool   // and to read the live set before
 
 	mu         sync.RWMutex
 	entries    map[Key]*entry
@@ -66,7 +68,8 @@ type Cache struct {
 	// afresh; until then nothing serves it.
 	restored map[Key]*value
 	dir      string
-	store    *store // nil: nothing is kept
+	store    *store         // nil: nothing is kept
+	unkept   map[Key]*value // what the store has not been told yet; nil: the key has gone
 
 	// Run's own, kept between passes to save the allocation.
 	keys []liveKey
@@ -122,9 +125,16 @@ func (c *Cache) Restore() error {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.store, c.restored = s, values
+	c.store, c.restored, c.unkept = s, values, make(map[Key]*value)
 	c.log.Info("credentials of an earlier run", "sessions", len(values))
 	return nil
+}
+
+// tellStore has the store follow: v is the key's value now, nil: it has gone. The lock is held.
+func (c *Cache) tellStore(key Key, v *value) {
+	if c.store != nil {
+		c.unkept[key] = v
+	}
 }
 
 // newEntry makes the entry of a key, with the value of an earlier run if there is one: somebody asked for it then, or it was
@@ -159,6 +169,7 @@ func (c *Cache) Get(ctx context.Context, key Key) (*Credentials, error) {
 	e := c.entries[key]
 	if e == nil {
 		e = c.newEntry(key)
+		c.stale.Store(true) // whether a live pod holds it is not known yet
 	}
 	if e.servable(time.Now()) {
 		c.metrics.served(e)
@@ -173,10 +184,10 @@ func (c *Cache) Get(ctx context.Context, key Key) (*Credentials, error) {
 		e.waitingSince = time.Now()
 	}
 	e.waiters++
-	c.Wake()
+	signal(c.wake)
 	defer func() {
 		if e.waiters--; e.waiters == 0 {
-			c.Wake() // no live pod may hold it
+			signal(c.wake) // no live pod may hold it
 		}
 	}()
 	for {
@@ -200,6 +211,7 @@ func (c *Cache) Get(ctx context.Context, key Key) (*Credentials, error) {
 
 // Wake tells Run that the live set changed. It never blocks; calls that come before Run has looked are one.
 func (c *Cache) Wake() {
+	c.stale.Store(true)
 	signal(c.wake)
 }
 
@@ -221,7 +233,7 @@ func (c *Cache) Retry(namespace, serviceAccount string) {
 			e.err, e.failures, e.retryAt = nil, 0, time.Time{}
 		}
 	}
-	c.Wake()
+	signal(c.wake)
 }
 
 // Run issues, refreshes and evicts until ctx is done and the calls in flight, which it cancels, have returned. It must run
@@ -237,8 +249,14 @@ func (c *Cache) Run(ctx context.Context) error {
 	}()
 	timer := time.NewTimer(resync)
 	defer timer.Stop()
+	var read time.Time
 	for ctx.Err() == nil {
-		c.readLive()
+		// The end of an issue changes nothing about who lives, and 250 keys are due together: reading all of them after each one
+		// was a third of what the refresh of a full node cost.
+		if c.stale.Swap(false) || time.Since(read) >= resync {
+			read = time.Now()
+			c.readLive(read)
+		}
 		start, sleep := c.next(time.Now())
 		for _, e := range start {
 			issues.Go(func() { c.issue(ctx, e) })
@@ -254,13 +272,12 @@ func (c *Cache) Run(ctx context.Context) error {
 	return nil
 }
 
-// readLive marks the entries of live keys and evicts what no live pod holds and nobody waits for.
-func (c *Cache) readLive() {
+// readLive marks the entries of live keys.
+func (c *Cache) readLive(now time.Time) {
 	c.keys = c.keys[:0]
 	for key, prefetch := range c.live() {
 		c.keys = append(c.keys, liveKey{key, prefetch})
 	}
-	now := time.Now()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, e := range c.entries {
@@ -276,28 +293,34 @@ func (c *Cache) readLive() {
 		}
 		e.live, e.prefetch = true, e.prefetch || k.prefetch
 	}
-	for key, e := range c.entries {
-		if !e.live && e.waiters == 0 && !e.issuing {
-			delete(c.entries, key)
-		}
-	}
 	// Nobody may want them, but before the pods are known nobody does. They are few, and none outlives its session.
 	for key, v := range c.restored {
 		if !v.servable(now) {
 			delete(c.restored, key)
+			c.tellStore(key, nil)
 		}
 	}
 }
 
-// next returns the entries to issue now, marked as such, and how long nothing else is to be done unless something changes.
+// next returns the entries to issue now, marked as such, and how long nothing else is to be done unless something changes. It evicts
+// what no live pod holds and nobody waits for.
 func (c *Cache) next(now time.Time) (start []*entry, sleep time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	sleep = resync
 	c.due = c.due[:0]
 	c.shares.forget(now)
-	for _, e := range c.entries {
-		if e.issuing || e.waiters == 0 && !(e.live && (e.prefetch || e.asked)) {
+	for key, e := range c.entries {
+		switch {
+		case e.issuing:
+			continue
+		case e.waiters == 0 && !e.live:
+			if !c.stale.Load() { // else it may be new
+				delete(c.entries, key)
+				c.tellStore(key, nil)
+			}
+			continue
+		case e.waiters == 0 && !e.prefetch && !e.asked:
 			continue
 		}
 		if wait := e.dueAt(now).Sub(now); wait > 0 {
@@ -374,6 +397,7 @@ func (c *Cache) finish(ctx context.Context, e *entry, v *value, err error) {
 	var retryIn time.Duration
 	if err == nil {
 		e.value, e.err, e.failures, e.retryAt = v, nil, 0, time.Time{}
+		c.tellStore(e.key, v)
 	} else {
 		retryIn = backOff(e.failures, rand.Float64())
 		e.err, e.retryAt = err, now.Add(retryIn) // the value stays: invariant 4
@@ -386,7 +410,7 @@ func (c *Cache) finish(ctx context.Context, e *entry, v *value, err error) {
 	close(e.changed)
 	e.changed = make(chan struct{})
 	c.mu.Unlock()
-	c.Wake()
+	signal(c.wake)
 
 	log := c.log.With("namespace", e.key.Namespace, "service_account", e.key.ServiceAccount,
 		"role_arn", e.key.RoleARN, "session_name", e.key.SessionName)
@@ -407,25 +431,22 @@ func (c *Cache) keep(ctx context.Context, changed <-chan struct{}) {
 	}
 	for open := true; open; {
 		_, open = <-changed
-		if err := c.store.sync(c.values(), time.Now()); err != nil {
+		if err := c.store.sync(c.takeUnkept(), time.Now()); err != nil {
 			c.log.WarnContext(ctx, "credentials are not kept for a restart: see that the state directory is there and has room",
 				"error", err.Error())
 		}
 	}
 }
 
-// values are all there are, also those of an earlier run that nobody has wanted yet.
-func (c *Cache) values() map[Key]*value {
-	c.mu.RLock()
-	defer c.mu.RUnlock()
-	values := make(map[Key]*value, len(c.entries)+len(c.restored))
-	maps.Copy(values, c.restored)
-	for key, e := range c.entries {
-		if e.value != nil {
-			values[key] = e.value
-		}
+func (c *Cache) takeUnkept() map[Key]*value {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.unkept) == 0 {
+		return nil
 	}
-	return values
+	changes := c.unkept
+	c.unkept = make(map[Key]*value)
+	return changes
 }
 
 // State says what an entry can do for a request.

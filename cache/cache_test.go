@@ -912,6 +912,61 @@ func TestEviction(t *testing.T) {
 	})
 }
 
+// The live set is read when it may have changed, not whenever an issue ends: on a full node hundreds end within a minute.
+func TestLiveIsReadWhenItChanges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const n = 100
+		live := map[Key]bool{}
+		for i := range n {
+			live[testKey(i)] = true
+		}
+		set := liveSet{keys: live}
+		var reads atomic.Int32
+		r := start(t, func(o *Options) {
+			o.Live = func() iter.Seq2[Key, bool] { reads.Add(1); return set.all() }
+		}, nil)
+		for range 75 * 60 { // the first sessions, and all of their refreshes
+			time.Sleep(time.Second)
+			synctest.Wait()
+		}
+		if issued := len(r.sts.issued()); issued < 2*n {
+			t.Fatalf("%d issues, want two of each", issued)
+		}
+		if got, most := int(reads.Load()), int(75*time.Minute/resync)+1; got > most || got < most/2 {
+			t.Errorf("read %d times in 75 min, want twice a minute or half as often", got)
+		}
+		for range 10 {
+			before := reads.Load()
+			r.Wake()
+			synctest.Wait()
+			if got := reads.Load(); got != before+1 {
+				t.Errorf("read %d times after Wake, want once", got-before)
+			}
+		}
+	})
+}
+
+// A key may be asked for before Run has read that a pod has it. It is not evicted for that.
+func TestAskedBeforeItIsRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		key := testKey(1)
+		r := start(t, nil, nil)
+		synctest.Wait()
+		r.live.set(map[Key]bool{key: false}) // and nobody wakes Run
+		r.sts.set(after(0, errDown))
+		if _, err := r.get(key, 100*time.Millisecond); err == nil {
+			t.Fatal("no error")
+		}
+		synctest.Wait()
+		r.sts.set(nil)
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		if r.Peek(&key, time.Now()) == nil {
+			t.Error("evicted although a pod has it")
+		}
+	})
+}
+
 // Several pods may hold a key. It is prefetched if one of them wants it to be, and only as long as that one lives.
 func TestSharedKey(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

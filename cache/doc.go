@@ -3,7 +3,8 @@
 //
 // It is level-triggered. One loop, [Cache.Run], looks at the keys that live pods are authorized for and at what it has for
 // each of them, starts what is due and sleeps until the next thing will be. What is due follows from that state alone, never
-// from an event that could be lost. These invariants hold, each with its test:
+// from an event that could be lost. The keys are read again after [Cache.Wake] and at least once a minute, not whenever an issue
+// ends: TestLiveIsReadWhenItChanges, TestAskedBeforeItIsRead. These invariants hold, each with its test:
 //
 //  1. A [Key] holds every input of the issue call: equal keys share credentials, unequal keys never do.
 //     TestKeyHoldsEveryInput, TestUnequalKeysShareNothing.

@@ -33,8 +33,9 @@ const (
 // It is not safe for concurrent use: restore comes before the one goroutine that calls sync.
 type store struct {
 	dir     string
-	written map[Key]*value // what is there of ours
-	resume  time.Time      // no writing before, as it failed
+	pending map[Key]*value    // is to be written
+	written map[string]*value // by file name: what is there of ours, or was read
+	resume  time.Time         // no writing before, as it failed
 	sweepAt time.Time
 	problem func(file string, err error) // is told of files that are removed because they cannot be used
 }
@@ -67,7 +68,7 @@ func openStore(dir string, problem func(file string, err error)) (*store, error)
 	if err := ownedAlone(info); err != nil {
 		return nil, fmt.Errorf("%s %w", dir, err)
 	}
-	return &store{dir: dir, written: make(map[Key]*value), problem: problem}, nil
+	return &store{dir: dir, pending: make(map[Key]*value), written: make(map[string]*value), problem: problem}, nil
 }
 
 // ownedAlone refuses what another user owns or may read or write.
@@ -90,19 +91,23 @@ func fileName(key Key) string {
 // restore returns what is left of an earlier run.
 func (s *store) restore(now time.Time, encode func(Credentials) []byte) (map[Key]*value, error) {
 	values := make(map[Key]*value)
-	err := s.read(now, encode, func(key Key, v *value) { values[key], s.written[key] = v, v })
+	err := s.read(now, encode, func(name string, key Key, v *value) { values[key], s.written[name] = v, v })
 	return values, err
 }
 
-// sync makes the directory hold the values of want and nothing that has ended. It tries everything and returns one error, the
-// disk's; then it tries again a minute later.
-func (s *store) sync(want map[Key]*value, now time.Time) error {
-	for key := range s.written {
-		if want[key] == nil {
-			// Another instance may have replaced it meanwhile. It goes all the same: that costs one STS call at its restart.
-			_ = os.Remove(filepath.Join(s.dir, fileName(key)))
-			delete(s.written, key)
+// sync makes the directory follow changes, the new values of keys or nil for those that have gone, and removes what has ended. It
+// tries everything and returns one error, the disk's; then it tries again a minute later.
+func (s *store) sync(changes map[Key]*value, now time.Time) error {
+	for key, v := range changes {
+		if v != nil {
+			s.pending[key] = v
+			continue
 		}
+		// Another instance may have replaced it meanwhile. It goes all the same: that costs one STS call at its restart.
+		name := fileName(key)
+		_ = os.Remove(filepath.Join(s.dir, name))
+		delete(s.pending, key)
+		delete(s.written, name)
 	}
 	if now.Before(s.resume) {
 		return nil
@@ -110,17 +115,18 @@ func (s *store) sync(want map[Key]*value, now time.Time) error {
 	var failed error
 	if !now.Before(s.sweepAt) { // also what nobody here wrote
 		s.sweepAt = now.Add(sweepEvery)
-		failed = s.read(now, nil, func(Key, *value) {})
+		failed = s.read(now, nil, func(string, Key, *value) {})
 	}
-	for key, v := range want {
-		if s.written[key] == v || !v.servable(now) {
-			continue
+	for key, v := range s.pending {
+		if v.servable(now) {
+			name := fileName(key)
+			if err := s.save(name, key, v.creds, now); err != nil {
+				failed = err
+				continue
+			}
+			s.written[name] = v
 		}
-		if err := s.save(key, v.creds, now); err != nil {
-			failed = err
-			continue
-		}
-		s.written[key] = v
+		delete(s.pending, key)
 	}
 	if failed != nil {
 		s.resume = now.Add(pause)
@@ -130,14 +136,14 @@ func (s *store) sync(want map[Key]*value, now time.Time) error {
 
 // save replaces a key's file in one step: a reader, also one in another process, sees the old or the new content. A session that
 // another instance got later stays.
-func (s *store) save(key Key, c Credentials, now time.Time) (err error) {
+func (s *store) save(name string, key Key, c Credentials, now time.Time) (err error) {
 	up, err := uptime()
 	if err != nil {
 		return err
 	}
-	path := filepath.Join(s.dir, fileName(key))
+	path := filepath.Join(s.dir, name)
 	if b, err := readFile(path); err == nil {
-		if _, v, err := decode(fileName(key), b, now, up, nil); err == nil && v.creds.Issued.After(c.Issued) {
+		if _, v, err := decode(name, b, now, up, nil); err == nil && v.creds.Issued.After(c.Issued) {
 			return nil
 		}
 	}
@@ -165,8 +171,8 @@ func (s *store) save(key Key, c Credentials, now time.Time) (err error) {
 	return os.Rename(f.Name(), path)
 }
 
-// read yields what is in the directory and can be used. It removes the rest.
-func (s *store) read(now time.Time, encode func(Credentials) []byte, yield func(Key, *value)) error {
+// read yields what is in the directory, can be used and is not known yet. It removes what cannot be used.
+func (s *store) read(now time.Time, encode func(Credentials) []byte, yield func(name string, key Key, v *value)) error {
 	up, err := uptime()
 	if err != nil {
 		return err
@@ -189,6 +195,9 @@ func (s *store) read(now time.Time, encode func(Credentials) []byte, yield func(
 			}
 			continue
 		}
+		if v := s.written[e.Name()]; v != nil && v.servable(now) {
+			continue
+		}
 		b, err := readFile(path)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // another instance has just removed it
@@ -201,7 +210,7 @@ func (s *store) read(now time.Time, encode func(Credentials) []byte, yield func(
 			key, v, err = decode(e.Name(), b, now, up, encode)
 		}
 		if err == nil {
-			yield(key, v)
+			yield(e.Name(), key, v)
 			continue
 		}
 		if !errors.Is(err, errEnded) {

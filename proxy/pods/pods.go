@@ -247,29 +247,19 @@ func (p *Pods) Wait(ctx context.Context, ip netip.Addr) (*proxy.Caller, error) {
 	}
 }
 
-// Live yields the keys that the pods of this node are authorized for, bound or running, each once, and whether to issue
-// credentials before anybody asks: not if all its pods get theirs from elsewhere.
+// Live yields the keys that the pods of this node are authorized for, bound or running, and whether to issue credentials before
+// anybody asks: not for a pod that gets them from elsewhere. A key comes once for each of its pods. The loop's body must not call
+// Pods: it holds the lock, which is cheaper than a copy of what a full node has.
 func (p *Pods) Live() iter.Seq2[cache.Key, bool] {
 	return func(yield func(cache.Key, bool) bool) {
-		for key, prefetch := range p.live() {
-			if !yield(key, prefetch) {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		for _, r := range p.pods {
+			if r.caller != nil && r.caller.Grant != nil && !yield(r.caller.Grant.Key, !r.ownSource) {
 				return
 			}
 		}
 	}
-}
-
-func (p *Pods) live() map[cache.Key]bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	keys := make(map[cache.Key]bool, len(p.pods))
-	for _, r := range p.pods {
-		if r.caller != nil && r.caller.Grant != nil {
-			key := r.caller.Grant.Key
-			keys[key] = keys[key] || !r.ownSource
-		}
-	}
-	return keys
 }
 
 // waiting are the requests that Wait holds: as many as there are connections, at most.
