@@ -48,8 +48,15 @@ func newClient(config *rest.Config) (*rest.RESTClient, runtime.ClientNegotiator,
 
 // NodeExists asks whether Options.Node can be this node's name: a pod is bound to it, or, where the right to get nodes is
 // there, it exists. In a DaemonSet our own pod is bound to it, so the right is not needed. An unknown name would otherwise
-// look like a node without pods: synced, and 503 for everybody.
+// look like a node without pods: synced, and 503 for everybody. Where Run has seen a pod nothing is asked: what an API server answers
+// here from the past has all pods of the node in it, whatever the limit.
 func (p *Pods) NodeExists(ctx context.Context) error {
+	p.mu.Lock()
+	bound := len(p.pods) > 0
+	p.mu.Unlock()
+	if bound {
+		return nil
+	}
 	ctx, cancel := context.WithTimeout(ctx, p.listTimeout)
 	defer cancel()
 	var list corev1.PodList

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"k8s.io/apimachinery/pkg/types"
@@ -82,25 +83,32 @@ func (p *Pods) moved(ip netip.Addr) {
 		return
 	}
 	uid := ""
-	if c := (*table)[ip].caller; c != nil {
-		uid = c.Pod.UID
+	if place := (*table)[ip]; place != nil {
+		if c := place.Load().caller; c != nil {
+			uid = c.Pod.UID
+		}
 	}
 	p.onMove(ip, uid)
 }
 
-// publish replaces the table if answers changed, and reduces c.ips to those.
+// publish replaces what changed of the table, and reduces c.ips to that.
 func (p *Pods) publish(c *change) {
 	if !p.listed {
 		return
 	}
 	old := p.table.Load()
-	var next map[netip.Addr]answer
+	var next map[netip.Addr]*atomic.Pointer[answer]
 	if old == nil {
-		next = make(map[netip.Addr]answer, len(p.byIP))
+		next = make(map[netip.Addr]*atomic.Pointer[answer], len(p.byIP))
 		old = &next
 	}
 	for ip := range c.ips {
-		was, had := (*old)[ip]
+		var was answer
+		place := (*old)[ip]
+		had := place != nil
+		if had {
+			was = *place.Load()
+		}
 		is, has := p.holder(ip)
 		if errors.Is(is.err, proxy.ErrAmbiguousIP) && !errors.Is(was.err, proxy.ErrAmbiguousIP) {
 			p.ambiguous.Do(func() { p.log.Warn("pods have the same IP: nobody is served there", "ip", ip, "pods", p.names(ip)) })
@@ -110,11 +118,16 @@ func (p *Pods) publish(c *change) {
 			delete(c.ips, ip)
 			continue
 		}
+		if had && has {
+			place.Store(&is)
+			continue
+		}
 		if next == nil {
 			next = maps.Clone(*old)
 		}
 		if has {
-			next[ip] = is
+			next[ip] = new(atomic.Pointer[answer])
+			next[ip].Store(&is)
 		} else {
 			delete(next, ip)
 		}
