@@ -297,7 +297,6 @@ func (c *Cache) readLive(now time.Time) {
 	for key, v := range c.restored {
 		if !v.servable(now) {
 			delete(c.restored, key)
-			c.tellStore(key, nil)
 		}
 	}
 }

@@ -967,6 +967,21 @@ func TestAskedBeforeItIsRead(t *testing.T) {
 	})
 }
 
+// As long as the live set is to be read again, no entry is evicted: it may be newer than what was read.
+func TestNewEntryIsNotEvicted(t *testing.T) {
+	key := testKey(1)
+	c := New(Options{Issuer: newFakeSTS(t), Live: (&liveSet{}).all})
+	c.newEntry(key)
+	c.stale.Store(true)
+	if c.next(time.Now()); len(c.entries) != 1 {
+		t.Error("evicted before it was known who lives")
+	}
+	c.stale.Store(false)
+	if c.next(time.Now()); len(c.entries) != 0 {
+		t.Error("not evicted")
+	}
+}
+
 // Several pods may hold a key. It is prefetched if one of them wants it to be, and only as long as that one lives.
 func TestSharedKey(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -195,8 +195,11 @@ func (s *store) read(now time.Time, encode func(Credentials) []byte, yield func(
 			}
 			continue
 		}
-		if v := s.written[e.Name()]; v != nil && v.servable(now) {
-			continue
+		if v := s.written[e.Name()]; v != nil {
+			if v.servable(now) {
+				continue
+			}
+			delete(s.written, e.Name())
 		}
 		b, err := readFile(path)
 		if errors.Is(err, fs.ErrNotExist) {

@@ -174,6 +174,10 @@ func TestRestoredOfNobody(t *testing.T) {
 			}
 			time.Sleep(time.Minute)
 		}
+		again.stop()
+		if names := slices.Collect(maps.Keys(again.store.written)); !slices.Equal(names, []string{fileName(testKey(1))}) {
+			t.Errorf("the store knows files %v, want that of the key with a pod", names)
+		}
 	})
 }
 
@@ -204,6 +208,9 @@ func TestEvictionRemovesFile(t *testing.T) {
 		slices.Sort(want)
 		if names := files(t, dir); !slices.Equal(names, want) {
 			t.Errorf("files %v, want %v", names, want)
+		}
+		if names := slices.Sorted(maps.Keys(again.store.written)); !slices.Equal(names, want) {
+			t.Errorf("the store knows files %v, want %v", names, want)
 		}
 	})
 }
@@ -438,6 +445,25 @@ func TestFailingFile(t *testing.T) {
 		synctest.Wait()
 		if info, err := os.Stat(filepath.Dir(inTheWay)); err != nil || !info.Mode().IsRegular() {
 			t.Errorf("not written once it could be: %v", err)
+		}
+		// Nor is what could not be written for a key that has gone meanwhile.
+		inTheWay = filepath.Join(dir, fileName(testKey(10)), "full")
+		if err := os.MkdirAll(inTheWay, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		r.live.set(keys(11))
+		r.Wake()
+		synctest.Wait()
+		r.live.set(keys(10))
+		r.Wake()
+		synctest.Wait()
+		if err := os.RemoveAll(filepath.Dir(inTheWay)); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(pause + resync)
+		synctest.Wait()
+		if n := len(files(t, dir)); n != 10 {
+			t.Errorf("files %v, want those of 10 keys", files(t, dir))
 		}
 	})
 }

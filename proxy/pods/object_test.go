@@ -1,13 +1,20 @@
 package pods
 
 import (
+	"encoding/pem"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+	"weak"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"k8s.io/client-go/rest"
 
 	"github.com/imdsgate/imdsgate/proxy"
 )
@@ -102,4 +109,80 @@ func TestPausesEnd(t *testing.T) {
 	if longest > time.Minute || longest < 30*time.Second {
 		t.Errorf("the longest pause is %v", longest)
 	}
+}
+
+// An open stream keeps nothing of its request, which has a token of a kilobyte and more: a full node has 300 of them.
+func TestOpenStreamForgetsItsRequest(t *testing.T) {
+	t.Parallel()
+	a := newAPIServer(t)
+	shop(a)
+	a.put(podOf("a", "cart", []string{"10.0.0.1"}))
+	server := httptest.NewUnstartedServer(a)
+	server.EnableHTTP2 = true
+	server.StartTLS()
+	t.Cleanup(func() {
+		a.disconnect()
+		server.Close()
+	})
+	kept := &requests{}
+	p, err := New(Options{
+		Config: &rest.Config{
+			Host: server.URL, BearerToken: strings.Repeat("t", 1000), WrapTransport: kept.wrap,
+			TLSClientConfig: rest.TLSClientConfig{CAData: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})},
+		},
+		Node: nodeName, Policy: testPolicy(), Log: slog.New(slog.DiscardHandler), Metrics: prometheus.NewRegistry(),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := &harness{apiServer: a, Pods: p}
+	h.run(t)
+	h.synced(t)
+	kept.mu.Lock()
+	streams := len(kept.sent)
+	kept.mu.Unlock()
+	if streams != 2 {
+		t.Fatalf("%d streams of single objects, want one of the service account and one of its namespace", streams)
+	}
+	for end := deadline(); kept.alive() > 0; {
+		select {
+		case <-end:
+			t.Fatalf("%d of 2 requests are still there", kept.alive())
+		case <-time.After(10 * time.Millisecond):
+			runtime.GC()
+		}
+	}
+}
+
+// requests remembers, without keeping, those for streams of single objects.
+type requests struct {
+	next http.RoundTripper
+	mu   sync.Mutex
+	sent []weak.Pointer[http.Request]
+}
+
+func (q *requests) wrap(next http.RoundTripper) http.RoundTripper {
+	q.next = next
+	return q
+}
+
+func (q *requests) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := q.next.RoundTrip(r)
+	if strings.Contains(r.URL.RawQuery, "metadata.name") && err == nil && resp.ProtoMajor == 2 {
+		q.mu.Lock()
+		q.sent = append(q.sent, weak.Make(r))
+		q.mu.Unlock()
+	}
+	return resp, err
+}
+
+func (q *requests) alive() (n int) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for _, r := range q.sent {
+		if r.Value() != nil {
+			n++
+		}
+	}
+	return n
 }
