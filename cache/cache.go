@@ -36,7 +36,7 @@ type Options struct {
 	Issuer Issuer
 	// Live yields every key that the pods of this node are authorized for; keys may repeat. True: issue ahead of the first
 	// request. False: issue when a request asks, then keep fresh as long as it is live. Called by Run alone, without locks, after
-	// Wake and at least once a minute; the body of the loop over it does not call back.
+	// Wake, for keys that are asked for unexpectedly or go, and at least once a minute; the body of the loop over it does not call back.
 	Live func() iter.Seq2[Key, bool]
 	// Encode is called once per issued credentials; its result is their Document. Nil: no document.
 	Encode func(Credentials) []byte
@@ -253,11 +253,12 @@ func (c *Cache) Run(ctx context.Context) error {
 	for ctx.Err() == nil {
 		// The end of an issue changes nothing about who lives, and 250 keys are due together: reading all of them after each one
 		// was a third of what the refresh of a full node cost.
-		if c.stale.Swap(false) || time.Since(read) >= resync {
+		fresh := c.stale.Swap(false) || time.Since(read) >= resync
+		if fresh {
 			read = time.Now()
 			c.readLive(read)
 		}
-		start, sleep := c.next(time.Now())
+		start, sleep := c.next(time.Now(), fresh)
 		for _, e := range start {
 			issues.Go(func() { c.issue(ctx, e) })
 		}
@@ -302,8 +303,8 @@ func (c *Cache) readLive(now time.Time) {
 }
 
 // next returns the entries to issue now, marked as such, and how long nothing else is to be done unless something changes. It evicts
-// what no live pod holds and nobody waits for.
-func (c *Cache) next(now time.Time) (start []*entry, sleep time.Duration) {
+// what no live pod holds and nobody waits for, if the live set is fresh: a pod may have come for it.
+func (c *Cache) next(now time.Time, fresh bool) (start []*entry, sleep time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	sleep = resync
@@ -314,8 +315,12 @@ func (c *Cache) next(now time.Time) (start []*entry, sleep time.Duration) {
 		case e.issuing:
 			continue
 		case e.waiters == 0 && !e.live:
-			if !c.stale.Load() { // else it may be new
-				delete(c.entries, key)
+			if !fresh || c.stale.Load() { // it may be newer than what was read
+				c.Wake()
+				continue
+			}
+			delete(c.entries, key)
+			if e.value != nil {
 				c.tellStore(key, nil)
 			}
 			continue

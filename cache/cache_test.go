@@ -967,18 +967,30 @@ func TestAskedBeforeItIsRead(t *testing.T) {
 	})
 }
 
-// As long as the live set is to be read again, no entry is evicted: it may be newer than what was read.
+// An entry is evicted only by what was read after everything that is known of it: it may be new, or a pod may have come for it while its
+// issue was in flight.
 func TestNewEntryIsNotEvicted(t *testing.T) {
-	key := testKey(1)
-	c := New(Options{Issuer: newFakeSTS(t), Live: (&liveSet{}).all})
-	c.newEntry(key)
-	c.stale.Store(true)
-	if c.next(time.Now()); len(c.entries) != 1 {
-		t.Error("evicted before it was known who lives")
+	for _, tt := range []struct {
+		fresh, stale bool
+		want         int
+	}{{false, false, 1}, {false, true, 1}, {true, true, 1}, {true, false, 0}} {
+		c := New(Options{Issuer: newFakeSTS(t), Live: (&liveSet{}).all})
+		c.store, c.unkept = &store{}, make(map[Key]*value)
+		c.newEntry(testKey(1))
+		c.stale.Store(tt.stale)
+		c.next(time.Now(), tt.fresh)
+		if len(c.entries) != tt.want || len(c.unkept) != 0 { // it has nothing that could have been kept
+			t.Errorf("%d entries and %d changes for the store, want %d and none: %+v", len(c.entries), len(c.unkept), tt.want, tt)
+		}
+		if again := len(c.wake) == 1 && c.stale.Load(); again != (tt.want == 1) {
+			t.Errorf("the live set is read again: %v: %+v", again, tt)
+		}
 	}
-	c.stale.Store(false)
-	if c.next(time.Now()); len(c.entries) != 0 {
-		t.Error("not evicted")
+	c := New(Options{Issuer: newFakeSTS(t), Live: (&liveSet{}).all})
+	left, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := c.Get(left, testKey(1)); err == nil || !c.stale.Load() {
+		t.Errorf("an entry that Get made, of which nothing was read: %v", err)
 	}
 }
 

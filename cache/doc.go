@@ -3,8 +3,8 @@
 //
 // It is level-triggered. One loop, [Cache.Run], looks at the keys that live pods are authorized for and at what it has for
 // each of them, starts what is due and sleeps until the next thing will be. What is due follows from that state alone, never
-// from an event that could be lost. The keys are read again after [Cache.Wake] and at least once a minute, not whenever an issue
-// ends: TestLiveIsReadWhenItChanges, TestAskedBeforeItIsRead. These invariants hold, each with its test:
+// from an event that could be lost. The keys are read again after [Cache.Wake], before an entry is evicted and at least once a minute,
+// not whenever an issue ends: TestLiveIsReadWhenItChanges, TestAskedBeforeItIsRead, TestNewEntryIsNotEvicted. These invariants hold, each with its test:
 //
 //  1. A [Key] holds every input of the issue call: equal keys share credentials, unequal keys never do.
 //     TestKeyHoldsEveryInput, TestUnequalKeysShareNothing.
@@ -23,7 +23,7 @@
 //     An issuer that throttles is asked less often, by the whole node. TestPace, TestThrottledKeyStaysFirst, TestThunderingStart.
 //     TestBackOff, TestRememberedError, TestRetry, TestRate, TestAskedKeyComesFirst, TestAskedKeysInOrder,
 //     TestHangingIssuesStarveNobody.
-//  7. Memory is bounded by the live keys: a key goes with its last pod. TestEviction, TestSharedKey, TestNewEntryIsNotEvicted.
+//  7. Memory is bounded by the live keys: a key goes with its last pod. TestEviction, TestSharedKey.
 //  8. A value ends by the monotonic or by the wall clock, whichever is earlier. TestBothClocks, TestWallClockJump, TestClockAhead.
 //  9. No secret is reachable through fmt, slog, encoding/json or a metric. TestRedaction.
 //  10. What an earlier run kept is served for exactly its key, once that is live or asked for, until its session ends by any

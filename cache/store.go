@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -109,13 +110,14 @@ func (s *store) sync(changes map[Key]*value, now time.Time) error {
 		delete(s.pending, key)
 		delete(s.written, name)
 	}
-	if now.Before(s.resume) {
-		return nil
-	}
 	var failed error
 	if !now.Before(s.sweepAt) { // also what nobody here wrote
 		s.sweepAt = now.Add(sweepEvery)
+		maps.DeleteFunc(s.written, func(_ string, v *value) bool { return !v.servable(now) })
 		failed = s.read(now, nil, func(string, Key, *value) {})
+	}
+	if now.Before(s.resume) {
+		return nil
 	}
 	for key, v := range s.pending {
 		if v.servable(now) {
@@ -195,11 +197,8 @@ func (s *store) read(now time.Time, encode func(Credentials) []byte, yield func(
 			}
 			continue
 		}
-		if v := s.written[e.Name()]; v != nil {
-			if v.servable(now) {
-				continue
-			}
-			delete(s.written, e.Name())
+		if s.written[e.Name()] != nil {
+			continue
 		}
 		b, err := readFile(path)
 		if errors.Is(err, fs.ErrNotExist) {

@@ -144,7 +144,7 @@ func (k *checker) run(ctx context.Context) error {
 	r.result("configuration", nil, "valid")
 	r.result("state", stateDir(c.StateDir), "-state-dir can be used")
 	if err == nil {
-		r.result("pods", k.pods.NodeExists(asking), fmt.Sprintf("%d pods are bound to node %s; -check -all explains each", len(k.pods.All()), c.Node))
+		r.result("pods", k.pods.NodeExists(asking), fmt.Sprintf("%d pods are bound to node %s; -check -all explains each", k.pods.Bound(), c.Node))
 		if err := k.pods.CanReport(asking); err != nil {
 			r.add(page.Finding{
 				Severity: string(iptables.Warning), About: "events", Text: err.Error(),

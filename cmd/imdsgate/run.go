@@ -323,7 +323,10 @@ func (d *daemon) checkNode(ctx context.Context) error {
 	if err := d.pods.WaitSynced(ctx); err != nil {
 		return err
 	}
-	err := d.pods.NodeExists(ctx)
+	var err error
+	if d.pods.Bound() == 0 {
+		err = d.pods.NodeExists(ctx)
+	}
 	d.nodeErr.Store(&err)
 	return err
 }

@@ -48,15 +48,9 @@ func newClient(config *rest.Config) (*rest.RESTClient, runtime.ClientNegotiator,
 
 // NodeExists asks whether Options.Node can be this node's name: a pod is bound to it, or, where the right to get nodes is
 // there, it exists. In a DaemonSet our own pod is bound to it, so the right is not needed. An unknown name would otherwise
-// look like a node without pods: synced, and 503 for everybody. Where Run has seen a pod nothing is asked: what an API server answers
-// here from the past has all pods of the node in it, whatever the limit.
+// look like a node without pods: synced, and 503 for everybody. An API server that answers from the past has all pods of the node in
+// its answer, whatever the limit: who has seen one, see Bound, need not ask.
 func (p *Pods) NodeExists(ctx context.Context) error {
-	p.mu.Lock()
-	bound := len(p.pods) > 0
-	p.mu.Unlock()
-	if bound {
-		return nil
-	}
 	ctx, cancel := context.WithTimeout(ctx, p.listTimeout)
 	defer cancel()
 	var list corev1.PodList
@@ -79,6 +73,13 @@ func (p *Pods) NodeExists(ctx context.Context) error {
 		return fmt.Errorf("no pod is bound to node %s, not even this one: set -node or NODE_NAME to spec.nodeName (downward API)", p.node)
 	}
 	return fmt.Errorf("get node %s: %w", p.node, err)
+}
+
+// Bound is how many pods are known to be bound to the node.
+func (p *Pods) Bound() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.pods)
 }
 
 func (p *Pods) nodeSelector() fields.Selector {

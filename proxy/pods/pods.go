@@ -208,7 +208,7 @@ type answer struct {
 	source source // of caller
 }
 
-// Find implements proxy.CallerFinder: three atomic reads, a counter, no lock, no allocation.
+// Find implements proxy.CallerFinder: two atomic reads, a counter, no lock, no allocation.
 func (p *Pods) Find(ip netip.Addr) (*proxy.Caller, error) {
 	table := p.table.Load()
 	if table == nil {

@@ -1256,14 +1256,6 @@ func TestNodeExists(t *testing.T) {
 			t.Errorf("%s: %v", tt.name, err)
 		}
 	}
-	// What Run knows is not asked for again: that would be every pod of the node.
-	a := newAPIServer(t)
-	a.put(podOf("self", "x", nil))
-	h := start(t, a, testPolicy()).synced(t)
-	a.set(func() { a.forbidden["list pods"] = true })
-	if err := h.NodeExists(t.Context()); err != nil {
-		t.Errorf("once the pods are known: %v", err)
-	}
 }
 
 // Explain names every step, and no secret.
