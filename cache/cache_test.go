@@ -252,12 +252,12 @@ func TestPrefetch(t *testing.T) {
 		eager, lazy := testKey(1), testKey(2)
 		r := start(t, nil, map[Key]bool{eager: true, lazy: false})
 		synctest.Wait()
-		if c := r.Peek(&eager, time.Now()); c == nil {
+		if c := r.Peek(&eager, nil, time.Now()); c == nil {
 			t.Error("a live pod's key was not prefetched")
 		} else if got, want := string(c.Document()), "document of "+c.AccessKeyID; got != want {
 			t.Errorf("document %q, want %q", got, want)
 		}
-		if r.Peek(&lazy, time.Now()) != nil || len(r.sts.issued()) != 1 {
+		if r.Peek(&lazy, nil, time.Now()) != nil || len(r.sts.issued()) != 1 {
 			t.Error("issued for a pod that gets its credentials elsewhere")
 		}
 		r.mustGet(lazy, 450*time.Millisecond)
@@ -271,7 +271,7 @@ func TestPrefetch(t *testing.T) {
 		r.Wake()
 		r.Wake()
 		synctest.Wait()
-		if k := testKey(3); r.Peek(&k, time.Now()) == nil || r.Peek(&lazy, time.Now()) == nil || r.Peek(&eager, time.Now()) != nil {
+		if k := testKey(3); r.Peek(&k, nil, time.Now()) == nil || r.Peek(&lazy, nil, time.Now()) == nil || r.Peek(&eager, nil, time.Now()) != nil {
 			t.Error("Wake did not make the cache follow the live set")
 		}
 	})
@@ -329,7 +329,7 @@ func TestUnequalKeysShareNothing(t *testing.T) {
 			t.Errorf("%d issues for %d keys", n, len(live))
 		}
 		for key := range live {
-			if c := r.Peek(&key, time.Now()); c == nil {
+			if c := r.Peek(&key, nil, time.Now()); c == nil {
 				t.Errorf("nothing for %+v", key)
 			} else if owner := r.sts.owner(c); owner != key {
 				t.Errorf("%+v got the credentials of %+v", key, owner)
@@ -399,7 +399,7 @@ func TestLeavingDoesNotCancel(t *testing.T) {
 		}
 		time.Sleep(9 * time.Second)
 		synctest.Wait()
-		if r.Peek(&key, time.Now()) == nil {
+		if r.Peek(&key, nil, time.Now()) == nil {
 			t.Error("the issue did not end in spite of its caller")
 		}
 	})
@@ -441,7 +441,7 @@ func TestFailedRefreshKeepsValue(t *testing.T) {
 					t.Fatal("no refresh was tried")
 				}
 				for time.Now().Before(first.Expires.Add(-margin)) {
-					if c := r.Peek(&key, time.Now()); c == nil || *c != first {
+					if c := r.Peek(&key, nil, time.Now()); c == nil || *c != first {
 						t.Fatalf("a failed refresh replaced a valid value by %v", c)
 					}
 					if c := r.mustGet(key, 0); *c != first {
@@ -469,11 +469,11 @@ func TestNeverServedInLastMinute(t *testing.T) {
 		expires := r.mustGet(key, time.Second).Expires
 		r.sts.set(after(0, errDown))
 		time.Sleep(time.Until(expires) - margin - time.Nanosecond)
-		if r.Peek(&key, time.Now()) == nil {
+		if r.Peek(&key, nil, time.Now()) == nil {
 			t.Error("not served just before the last minute")
 		}
 		time.Sleep(time.Nanosecond)
-		if c := r.Peek(&key, time.Now()); c != nil {
+		if c := r.Peek(&key, nil, time.Now()); c != nil {
 			t.Errorf("%v was served with %s left", c, time.Until(expires))
 		}
 		if c, err := r.get(key, 450*time.Millisecond); err == nil {
@@ -531,7 +531,7 @@ func TestRefreshLeavesTwentyMinutes(t *testing.T) {
 		r.mustGet(key, 3*time.Second)
 		for range 2 * 24 * 60 {
 			time.Sleep(30 * time.Second)
-			if c := r.Peek(&key, time.Now()); c == nil || time.Until(c.Expires) < 20*time.Minute {
+			if c := r.Peek(&key, nil, time.Now()); c == nil || time.Until(c.Expires) < 20*time.Minute {
 				t.Fatalf("served %v with %s left", c, time.Until(c.Expires))
 			}
 		}
@@ -727,7 +727,7 @@ func TestAskedKeyComesFirst(t *testing.T) {
 		before := len(r.sts.issued())
 		asked := testKey(0)
 		for key := range live {
-			if r.Peek(&key, time.Now()) == nil && key != lazy && !slices.ContainsFunc(r.sts.issued(), func(c call) bool { return c.key == key }) {
+			if r.Peek(&key, nil, time.Now()) == nil && key != lazy && !slices.ContainsFunc(r.sts.issued(), func(c call) bool { return c.key == key }) {
 				asked = key
 			}
 		}
@@ -877,7 +877,7 @@ func TestEviction(t *testing.T) {
 		r.live.set(map[Key]bool{b: true})
 		r.Wake()
 		synctest.Wait()
-		if r.Peek(&a, time.Now()) != nil || r.Peek(&b, time.Now()) == nil || len(r.entries()) != 1 {
+		if r.Peek(&a, nil, time.Now()) != nil || r.Peek(&b, nil, time.Now()) == nil || len(r.entries()) != 1 {
 			t.Error("a key without a pod stayed, or one with a pod did not")
 		}
 		// While an issue is in flight and while somebody waits, the entry stays: another would break the single flight.
@@ -961,7 +961,7 @@ func TestAskedBeforeItIsRead(t *testing.T) {
 		r.sts.set(nil)
 		time.Sleep(2 * time.Second)
 		synctest.Wait()
-		if r.Peek(&key, time.Now()) == nil {
+		if r.Peek(&key, nil, time.Now()) == nil {
 			t.Error("evicted although a pod has it")
 		}
 	})
@@ -994,6 +994,49 @@ func TestNewEntryIsNotEvicted(t *testing.T) {
 	}
 }
 
+// A Ref leads to what the cache has for its key now, also after a refresh and after the key was gone for a while, and keeps nothing of
+// a key that has gone.
+func TestRef(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		key := testKey(1)
+		r := start(t, nil, map[Key]bool{key: true})
+		var ref Ref
+		check := func(when string) *Credentials {
+			t.Helper()
+			synctest.Wait()
+			now := time.Now()
+			got, want := r.Peek(&key, &ref, now), r.Peek(&key, nil, now)
+			if got != want {
+				t.Errorf("%s: %v, want %v", when, got, want)
+			}
+			return got
+		}
+		first := check("issued")
+		time.Sleep(40 * time.Minute)
+		if second := check("refreshed"); first == nil || second == nil || second.AccessKeyID == first.AccessKeyID {
+			t.Errorf("%v after %v", second, first)
+		}
+		r.live.set(nil)
+		r.Wake()
+		if got := check("gone"); got != nil {
+			t.Errorf("%v of a key without a pod", got)
+		}
+		if ref.entry.Load().value != nil {
+			t.Error("the ref keeps credentials of a key that has gone")
+		}
+		r.live.set(map[Key]bool{key: true})
+		r.Wake()
+		if got := check("here again"); got == nil {
+			t.Error("nothing for a key that is here again")
+		}
+		r.sts.set(after(0, errDown))
+		time.Sleep(time.Hour)
+		if got := check("expired"); got != nil {
+			t.Errorf("expired %v", got)
+		}
+	})
+}
+
 // Several pods may hold a key. It is prefetched if one of them wants it to be, and only as long as that one lives.
 func TestSharedKey(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -1020,7 +1063,7 @@ func TestSharedKey(t *testing.T) {
 		mu.Unlock()
 		r.Wake()
 		synctest.Wait()
-		if r.Peek(&key, time.Now()) == nil {
+		if r.Peek(&key, nil, time.Now()) == nil {
 			t.Error("a key that a pod still holds was evicted")
 		}
 		time.Sleep(3 * time.Hour)
@@ -1052,8 +1095,8 @@ func TestMetrics(t *testing.T) {
 		r.Wake()
 		synctest.Wait()
 		c := r.mustGet(good, 0)
-		r.Peek(&good, time.Now())
-		r.Peek(&bad, time.Now())
+		r.Peek(&good, nil, time.Now())
+		r.Peek(&bad, nil, time.Now())
 		_, _ = r.get(bad, 0)
 		_, _ = r.get(slow, time.Millisecond)
 		want := map[string]float64{
@@ -1218,7 +1261,7 @@ func randomSchedule(t *testing.T, random *rand.Rand) {
 		synctest.Wait()
 		for i := range keys {
 			k := key(i)
-			c := r.Peek(&k, time.Now())
+			c := r.Peek(&k, nil, time.Now())
 			if c != nil {
 				check(k, c)
 			}
@@ -1238,7 +1281,7 @@ func TestPeekDoesNotAllocate(t *testing.T) {
 	c, key := readyCache(t)
 	other := testKey(2)
 	if n := testing.AllocsPerRun(1000, func() {
-		if c.Peek(&key, time.Now()) == nil || c.Peek(&other, time.Now()) != nil {
+		if c.Peek(&key, nil, time.Now()) == nil || c.Peek(&other, nil, time.Now()) != nil {
 			t.Error("wrong")
 		}
 	}); n != 0 {
@@ -1265,11 +1308,12 @@ func readyCache(t testing.TB) (*Cache, Key) {
 }
 
 func BenchmarkPeek(b *testing.B) {
+	var ref Ref
 	b.Run("serial", func(b *testing.B) {
 		c, key := readyCache(b)
 		b.ReportAllocs()
 		for b.Loop() {
-			if c.Peek(&key, time.Now()) == nil {
+			if c.Peek(&key, &ref, time.Now()) == nil {
 				b.Fatal("nothing")
 			}
 		}
@@ -1279,7 +1323,7 @@ func BenchmarkPeek(b *testing.B) {
 		b.ReportAllocs()
 		b.RunParallel(func(pb *testing.PB) {
 			for pb.Next() {
-				if c.Peek(&key, time.Now()) == nil {
+				if c.Peek(&key, &ref, time.Now()) == nil {
 					b.Error("nothing")
 				}
 			}

@@ -161,12 +161,12 @@ func TestWallClockJump(t *testing.T) {
 		v.serveUntilWall, v.refreshAtWall = v.serveUntilWall.Add(-2*time.Hour), v.refreshAtWall.Add(-2*time.Hour)
 		r.Cache.entries[key].value = &v
 		r.mu.Unlock()
-		if r.Peek(&key, time.Now()) != nil {
+		if r.Peek(&key, nil, time.Now()) != nil {
 			t.Error("served although it has expired by the wall clock")
 		}
 		time.Sleep(30 * time.Second)
 		synctest.Wait()
-		if r.Peek(&key, time.Now()) == nil {
+		if r.Peek(&key, nil, time.Now()) == nil {
 			t.Error("not refreshed 30 s after the wall clock jumped")
 		}
 	})

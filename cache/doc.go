@@ -23,7 +23,7 @@
 //     An issuer that throttles is asked less often, by the whole node. TestPace, TestThrottledKeyStaysFirst, TestThunderingStart.
 //     TestBackOff, TestRememberedError, TestRetry, TestRate, TestAskedKeyComesFirst, TestAskedKeysInOrder,
 //     TestHangingIssuesStarveNobody.
-//  7. Memory is bounded by the live keys: a key goes with its last pod. TestEviction, TestSharedKey.
+//  7. Memory is bounded by the live keys: a key goes with its last pod. TestEviction, TestSharedKey, TestRef.
 //  8. A value ends by the monotonic or by the wall clock, whichever is earlier. TestBothClocks, TestWallClockJump, TestClockAhead.
 //  9. No secret is reachable through fmt, slog, encoding/json or a metric. TestRedaction.
 //  10. What an earlier run kept is served for exactly its key, once that is live or asked for, until its session ends by any

@@ -83,6 +83,7 @@ func (v *value) servable(now time.Time) bool {
 type entry struct {
 	key          Key
 	value        *value // nil before the first success; never overwritten by a failure
+	evicted      bool   // another may have its key now
 	live         bool   // a live pod is authorized for it
 	prefetch     bool   // and it is to be issued without being asked for
 	asked        bool   // a request has asked for it

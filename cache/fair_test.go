@@ -16,7 +16,7 @@ func TestChangingKeysStarveNobody(t *testing.T) {
 		r := start(t, func(o *Options) { o.Rate = rate }, map[Key]bool{victim: true})
 		r.sts.set(after(50*time.Millisecond, nil))
 		time.Sleep(time.Second)
-		if r.Peek(&victim, time.Now()) == nil {
+		if r.Peek(&victim, nil, time.Now()) == nil {
 			t.Fatal("not prefetched")
 		}
 		time.Sleep(4 * time.Minute) // it is refreshed between 4.5 and 5.5 min, and served up to 9
@@ -36,7 +36,7 @@ func TestChangingKeysStarveNobody(t *testing.T) {
 		}()
 		var unserved, late int
 		for i := 2; time.Now().Before(stop); i++ {
-			if r.Peek(&victim, time.Now()) == nil {
+			if r.Peek(&victim, nil, time.Now()) == nil {
 				unserved++
 			}
 			if _, err := r.get(testKey(i), 450*time.Millisecond); err != nil {

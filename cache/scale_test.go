@@ -78,7 +78,7 @@ func TestRollOutOfEveryNode(t *testing.T) {
 			next.Wake()
 			synctest.Wait()
 			for key := range keys(n) {
-				if next.Peek(&key, time.Now()) == nil {
+				if next.Peek(&key, nil, time.Now()) == nil {
 					t.Fatalf("node %d: nothing for %s", i, key.RoleARN)
 				}
 			}

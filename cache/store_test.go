@@ -63,7 +63,7 @@ func TestRestart(t *testing.T) {
 		again.sts.set(after(0, errDown))
 		time.Sleep(5 * time.Minute) // until the pods are known
 		for key := range live {
-			if again.Peek(&key, time.Now()) != nil {
+			if again.Peek(&key, nil, time.Now()) != nil {
 				t.Fatal("served before its key was live")
 			}
 		}
@@ -71,7 +71,7 @@ func TestRestart(t *testing.T) {
 		again.Wake()
 		synctest.Wait()
 		for key := range live {
-			c, want := again.Peek(&key, time.Now()), r.Peek(&key, time.Now())
+			c, want := again.Peek(&key, nil, time.Now()), r.Peek(&key, nil, time.Now())
 			if c == nil {
 				t.Fatalf("nothing for %+v", key)
 			}
@@ -86,12 +86,12 @@ func TestRestart(t *testing.T) {
 		}
 		// A value of an earlier run ends like any other.
 		time.Sleep(44*time.Minute - time.Second)
-		if key := testKey(1); again.Peek(&key, time.Now()) == nil {
+		if key := testKey(1); again.Peek(&key, nil, time.Now()) == nil {
 			t.Error("not served until the last minute")
 		}
 		time.Sleep(time.Second)
 		for key := range live {
-			if again.Peek(&key, time.Now()) != nil {
+			if again.Peek(&key, nil, time.Now()) != nil {
 				t.Error("served in the last minute")
 			}
 		}
@@ -128,7 +128,7 @@ func TestRestarts(t *testing.T) {
 			synctest.Wait()
 			for range each / time.Minute {
 				for key := range live {
-					if c := r.Peek(&key, time.Now()); c == nil {
+					if c := r.Peek(&key, nil, time.Now()); c == nil {
 						t.Fatalf("run %d: nothing for %s", run, key.RoleARN)
 					} else if left := time.Until(c.Expires); left < 20*time.Minute {
 						t.Fatalf("run %d: %s left", run, left)
@@ -160,7 +160,7 @@ func TestRestoredOfNobody(t *testing.T) {
 		}
 		for at := time.Duration(0); at < 70*time.Minute; at += time.Minute {
 			synctest.Wait()
-			if key := testKey(0); again.Peek(&key, time.Now()) != nil || len(again.entries()) != 1 {
+			if key := testKey(0); again.Peek(&key, nil, time.Now()) != nil || len(again.entries()) != 1 {
 				t.Fatal("a key without a pod is served")
 			}
 			want := 2
@@ -377,7 +377,7 @@ func TestFailingDirectory(t *testing.T) {
 		r.Wake()
 		synctest.Wait()
 		for key := range live {
-			if r.Peek(&key, time.Now()) == nil {
+			if r.Peek(&key, nil, time.Now()) == nil {
 				t.Errorf("nothing for %s", key.RoleARN)
 			}
 		}

@@ -26,9 +26,9 @@ type one struct {
 	creds  *cache.Credentials
 }
 
-func (o one) Find(netip.Addr) (*Caller, error)                  { return o.caller, nil }
-func (o one) Wait(context.Context, netip.Addr) (*Caller, error) { return o.caller, nil }
-func (o one) Peek(*cache.Key, time.Time) *cache.Credentials     { return o.creds }
+func (o one) Find(netip.Addr) (*Caller, error)                          { return o.caller, nil }
+func (o one) Wait(context.Context, netip.Addr) (*Caller, error)         { return o.caller, nil }
+func (o one) Peek(*cache.Key, *cache.Ref, time.Time) *cache.Credentials { return o.creds }
 func (o one) Get(context.Context, cache.Key) (*cache.Credentials, error) {
 	return o.creds, nil
 }
@@ -143,7 +143,7 @@ func BenchmarkCredentialsHit(b *testing.B) {
 // whole process per request, client included.
 func BenchmarkAgainstBareHandler(b *testing.B) {
 	s := newHit(b)
-	document := s.credentials.Peek(nil, time.Now()).Document()
+	document := s.credentials.Peek(nil, nil, time.Now()).Document()
 	bare := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		h := w.Header()
 		h.Set("Server", "EC2ws")

@@ -14,7 +14,7 @@ import (
 
 type noCredentials struct{}
 
-func (noCredentials) Peek(*cache.Key, time.Time) *cache.Credentials { return nil }
+func (noCredentials) Peek(*cache.Key, *cache.Ref, time.Time) *cache.Credentials { return nil }
 func (noCredentials) Get(context.Context, cache.Key) (*cache.Credentials, error) {
 	return nil, cache.ErrUnavailable
 }

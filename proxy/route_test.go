@@ -170,7 +170,9 @@ func FuzzRoute(f *testing.F) {
 // perKey has credentials by role ARN.
 type perKey map[string]*cache.Credentials
 
-func (p perKey) Peek(key *cache.Key, _ time.Time) *cache.Credentials { return p[key.RoleARN] }
+func (p perKey) Peek(key *cache.Key, _ *cache.Ref, _ time.Time) *cache.Credentials {
+	return p[key.RoleARN]
+}
 func (p perKey) Get(_ context.Context, key cache.Key) (*cache.Credentials, error) {
 	return p[key.RoleARN], nil
 }
