@@ -323,10 +323,7 @@ func (d *daemon) checkNode(ctx context.Context) error {
 	if err := d.pods.WaitSynced(ctx); err != nil {
 		return err
 	}
-	var err error
-	if d.pods.Bound() == 0 {
-		err = d.pods.NodeExists(ctx)
-	}
+	err := d.pods.NodeExists(ctx)
 	d.nodeErr.Store(&err)
 	return err
 }

@@ -48,19 +48,26 @@ func newClient(config *rest.Config) (*rest.RESTClient, runtime.ClientNegotiator,
 
 // NodeExists asks whether Options.Node can be this node's name: a pod is bound to it, or, where the right to get nodes is
 // there, it exists. In a DaemonSet our own pod is bound to it, so the right is not needed. An unknown name would otherwise
-// look like a node without pods: synced, and 503 for everybody. An API server that answers from the past has all pods of the node in
-// its answer, whatever the limit: who has seen one, see Bound, need not ask.
+// look like a node without pods: synced, and 503 for everybody.
+//
+// Where Run knows of a pod it is asked all the same whether pods may be listed, which watches fall back to, but for none of them: an
+// API server that answers from the past ignores the limit, and every pod of a full node would come once more.
 func (p *Pods) NodeExists(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, p.listTimeout)
 	defer cancel()
+	selector, bound := p.nodeSelector(), p.Bound() > 0
+	if bound {
+		const nobody = "-" // no pod can have this name
+		selector = fields.AndSelectors(selector, fields.OneTermEqualSelector(metav1.ObjectNameField, nobody))
+	}
 	var list corev1.PodList
 	err := p.client.Get().Resource("pods").VersionedParams(&metav1.ListOptions{
-		FieldSelector: p.nodeSelector().String(), Limit: 1, ResourceVersion: "0",
+		FieldSelector: selector.String(), Limit: 1, ResourceVersion: "0",
 	}, metav1.ParameterCodec).Do(ctx).Into(&list)
 	if err != nil {
 		return fmt.Errorf("list the pods of node %s: %w", p.node, explainForbidden(err, "list", "pods"))
 	}
-	if len(list.Items) > 0 {
+	if bound || len(list.Items) > 0 {
 		return nil
 	}
 	err = p.client.Get().Resource("nodes").Name(p.node).Do(ctx).Error()

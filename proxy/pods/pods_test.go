@@ -1256,6 +1256,23 @@ func TestNodeExists(t *testing.T) {
 			t.Errorf("%s: %v", tt.name, err)
 		}
 	}
+
+	// Where the pods are known none is sent again, but the right to list them is needed all the same.
+	a := newAPIServer(t)
+	a.put(podOf("self", "x", nil))
+	h := start(t, a, testPolicy()).synced(t)
+	if err := h.NodeExists(t.Context()); err != nil {
+		t.Errorf("with a pod: %v", err)
+	}
+	a.set(func() {
+		if a.opened["list pods spec.nodeName="+nodeName+",metadata.name=-"] != 1 {
+			t.Errorf("lists: %v, want one of no pod", a.opened)
+		}
+		a.forbidden["list pods"] = true
+	})
+	if err := h.NodeExists(t.Context()); err == nil || !strings.Contains(err.Error(), "the permission to list pods is missing") {
+		t.Errorf("without the right to list: %v", err)
+	}
 }
 
 // Explain names every step, and no secret.
