@@ -266,8 +266,8 @@ func (c *Cache) Run(ctx context.Context) error {
 	defer timer.Stop()
 	var read time.Time
 	for ctx.Err() == nil {
-		// The end of an issue changes nothing about who lives, and 250 keys are due together: reading all of them after each one
-		// was a third of what the refresh of a full node cost.
+		// The end of an issue changes nothing about who lives, and on a full node 250 keys are due together: to read all of them
+		// after each one, and to hand all values to the store, was 29 % of the CPU time of a refresh.
 		fresh := c.stale.Swap(false) || time.Since(read) >= resync
 		if fresh {
 			read = time.Now()

@@ -916,19 +916,13 @@ func TestEviction(t *testing.T) {
 func TestLiveIsReadWhenItChanges(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const n = 100
-		live := map[Key]bool{}
-		for i := range n {
-			live[testKey(i)] = true
-		}
-		set := liveSet{keys: live}
 		var reads atomic.Int32
 		r := start(t, func(o *Options) {
-			o.Live = func() iter.Seq2[Key, bool] { reads.Add(1); return set.all() }
-		}, nil)
-		for range 75 * 60 { // the first sessions, and all of their refreshes
-			time.Sleep(time.Second)
-			synctest.Wait()
-		}
+			live := o.Live
+			o.Live = func() iter.Seq2[Key, bool] { reads.Add(1); return live() }
+		}, keys(n))
+		time.Sleep(75 * time.Minute) // the first sessions, and all of their refreshes
+		synctest.Wait()
 		if issued := len(r.sts.issued()); issued < 2*n {
 			t.Fatalf("%d issues, want two of each", issued)
 		}

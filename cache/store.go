@@ -35,7 +35,7 @@ const (
 type store struct {
 	dir     string
 	pending map[Key]*value    // is to be written
-	written map[string]*value // by file name: what is there of ours, or was read
+	written map[string]*value // by file name: what is there of ours, or was restored
 	resume  time.Time         // no writing before, as it failed
 	sweepAt time.Time
 	problem func(file string, err error) // is told of files that are removed because they cannot be used

@@ -287,7 +287,7 @@ func (q request) info(c *Caller, g *Grant) answer {
 
 // ready returns the credentials of g, which have a document, and whether the request had to wait for anything.
 func (q request) ready(g *Grant) (creds *cache.Credentials, waited bool, err error) {
-	if creds = q.s.credentials.Peek(&g.Key, &g.at, q.start); creds == nil {
+	if creds = q.s.credentials.Peek(&g.Key, &g.ref, q.start); creds == nil {
 		ctx, cancel := q.context()
 		defer cancel()
 		if creds, err = q.s.credentials.Get(ctx, g.Key); err != nil {

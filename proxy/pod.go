@@ -33,7 +33,7 @@ type Grant struct {
 
 	// handedOut is the time of issue, in Unix nanoseconds, of the session that the pod was given last: each is logged once.
 	handedOut atomic.Int64
-	at        cache.Ref // of Key
+	ref       cache.Ref // to what there is for Key
 }
 
 // RefusalKind says what stands between a known pod and credentials.
@@ -102,7 +102,7 @@ type CallerFinder interface {
 
 // CredentialSource has the credentials of a key: *cache.Cache.
 type CredentialSource interface {
-	// Peek never blocks: nil unless there is a value that may be served now.
+	// Peek never blocks: nil unless there is a value that may be served now. A ref is only ever used with one key.
 	Peek(key *cache.Key, ref *cache.Ref, now time.Time) *cache.Credentials
 	// Get waits for a value until ctx is done. Its error is an *cache.IssueError or wraps cache.ErrUnavailable.
 	Get(ctx context.Context, key cache.Key) (*cache.Credentials, error)

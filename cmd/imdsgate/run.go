@@ -317,8 +317,8 @@ func (d *daemon) untilDone(failed string, try func(context.Context) error) func(
 	}
 }
 
-// checkNode keeps what is wrong with the node's name for the page. It waits until the pods are known: with a name that is wrong
-// there are none, so that is soon.
+// checkNode keeps what is wrong with the node's name for the page. It waits until the pods are known, since then none need be sent
+// for it; with a name that is wrong there are none, so that is soon.
 func (d *daemon) checkNode(ctx context.Context) error {
 	if err := d.pods.WaitSynced(ctx); err != nil {
 		return err

@@ -183,7 +183,7 @@ func (f *follower[O]) open(ctx context.Context) (end func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	resp.Request, resp.Header = nil, nil // 3 KB, a token among them, which would stay as long as the stream
+	resp.Request, resp.Header = nil, nil // 2 KB and more, a token among them, which would stay as long as the stream
 	f.seen, f.frames, f.events, f.object = false, framer.NewFrameReader(resp.Body), events, objects
 	overdue := time.AfterFunc(atMost, func() { cancel(nil) })
 	return func() {

@@ -111,7 +111,8 @@ func TestPausesEnd(t *testing.T) {
 	}
 }
 
-// An open stream keeps nothing of its request, which has a token of a kilobyte and more: a full node has 300 of them.
+// An open stream keeps nothing of its request, which has a token of a kilobyte and more, nor the answer's headers: a full node has 300
+// of them.
 func TestOpenStreamForgetsItsRequest(t *testing.T) {
 	t.Parallel()
 	a := newAPIServer(t)
@@ -147,18 +148,19 @@ func TestOpenStreamForgetsItsRequest(t *testing.T) {
 	for end := deadline(); kept.alive() > 0; {
 		select {
 		case <-end:
-			t.Fatalf("%d of 2 requests are still there", kept.alive())
+			t.Fatalf("%d of 2 requests and 2 answers' headers are still there", kept.alive())
 		case <-time.After(10 * time.Millisecond):
 			runtime.GC()
 		}
 	}
 }
 
-// requests remembers, without keeping, those for streams of single objects.
+// requests remembers, without keeping, those for streams of single objects, and a header of each answer.
 type requests struct {
-	next http.RoundTripper
-	mu   sync.Mutex
-	sent []weak.Pointer[http.Request]
+	next    http.RoundTripper
+	mu      sync.Mutex
+	sent    []weak.Pointer[http.Request]
+	headers []weak.Pointer[string]
 }
 
 func (q *requests) wrap(next http.RoundTripper) http.RoundTripper {
@@ -171,6 +173,7 @@ func (q *requests) RoundTrip(r *http.Request) (*http.Response, error) {
 	if strings.Contains(r.URL.RawQuery, "metadata.name") && err == nil && resp.ProtoMajor == 2 {
 		q.mu.Lock()
 		q.sent = append(q.sent, weak.Make(r))
+		q.headers = append(q.headers, weak.Make(&resp.Header["Content-Type"][0]))
 		q.mu.Unlock()
 	}
 	return resp, err
@@ -181,6 +184,11 @@ func (q *requests) alive() (n int) {
 	defer q.mu.Unlock()
 	for _, r := range q.sent {
 		if r.Value() != nil {
+			n++
+		}
+	}
+	for _, h := range q.headers {
+		if h.Value() != nil {
 			n++
 		}
 	}
